@@ -1,0 +1,180 @@
+"""A run, its epochs and its steps: batches, accumulation, mixed precision, what is logged and saved."""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from util import checkpoint, data, distributed, optim
+from util.args import InputError
+from util.log import Log
+
+
+@dataclass
+class Plan:
+    """What flags, data and processes come to, known before anything is started."""
+
+    args: object
+    num_images: int
+    rank: int
+    world_size: int
+    batch_size: int  # images on a device at a time
+    accumulation: int  # micro-steps of an optimiser step
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    lr: float  # at its peak
+    start: int = 0  # optimiser steps already done
+    state: dict | None = None  # the checkpoint to go on from
+
+    def lr_at(self, step, lr_scale=1.0):
+        return optim.learning_rate(step, self.total_steps, self.warmup_steps, self.lr * lr_scale, self.args.min_lr)
+
+    def batch_keys(self):
+        """The samples that this process sees, from the first step of this run to the last."""
+        return data.BatchStream(
+            self.num_images,
+            self.args.total_batch_size,
+            self.batch_size,
+            self.args.seed,
+            self.start,
+            self.total_steps,
+            self.rank,
+            self.world_size,
+        )
+
+    def __str__(self):
+        return (
+            f'{self.num_images} images; total batch {self.args.total_batch_size} = {self.batch_size} x '
+            f'{self.world_size} processes x {self.accumulation} accumulated; peak learning rate {self.lr:.3g}; '
+            f'steps {self.start} to {self.total_steps}'
+        )
+
+
+def make_plan(args, num_images, model):
+    """Derive the plan, create --output_dir, and find the checkpoint to go on from. Raises InputError."""
+    rank, world_size = distributed.world()
+    batch_size, accumulation = data.split_batch(args.total_batch_size, args.batch_size, world_size)
+    steps_per_epoch = num_images // args.total_batch_size
+    if not steps_per_epoch:
+        raise InputError(
+            f'{args.data_path} has {num_images} images, too few for one step of --total_batch_size '
+            f'{args.total_batch_size}; choose one of at most {num_images}'
+        )
+    plan = Plan(
+        args,
+        num_images,
+        rank,
+        world_size,
+        batch_size,
+        accumulation,
+        steps_per_epoch,
+        total_steps=args.epochs * steps_per_epoch,
+        warmup_steps=int(args.warmup_epochs * steps_per_epoch),
+        lr=args.blr * args.total_batch_size / 256 if args.lr is None else args.lr,
+    )
+    checkpoint.make_output_dir(args.output_dir)
+    plan.state = checkpoint.find(args.resume, args.output_dir)
+    if plan.state:
+        checkpoint.check_same_run(plan.state, args, model)
+        plan.start = plan.state['step']
+    return plan
+
+
+def train(plan, model, optimizer, scaler, loss_fn, loader, title='', extra=dict, end_of_epoch=None):
+    """Train from plan.start to the end, saving and logging on the way.
+
+    Args:
+        model, optimizer, scaler: on the device; their states are restored from plan.state. The scaler is a
+            torch.amp.GradScaler, disabled where there is no fp16.
+        loss_fn: (model, batch of loader) -> scalar, the mean over the batch.
+        loader: data.Loader over plan.batch_keys().
+        title: first line of the log.
+        extra: () -> {name: number}, logged with the rest.
+        end_of_epoch: called with (epochs done, steps done, log) after each epoch.
+    """
+    args = plan.args
+    if plan.state:
+        model.load_state_dict(plan.state['model'])
+        optimizer.load_state_dict(plan.state['optimizer'])
+        scaler.load_state_dict(plan.state['scaler'])
+        plan.state = None
+    network = distributed.wrap(model, loader.device, args.compile)
+    log = Log(args.output_dir, plan.total_steps, plan.start, args, enabled=plan.rank == 0)
+    log.say(f'{title}; {plan} on {loader.device.type}')
+    saver = checkpoint.Saver(args, plan.steps_per_epoch, model, optimizer, scaler, enabled=plan.rank == 0)
+    batches = iter(loader)
+    for epoch in range(plan.start // plan.steps_per_epoch, args.epochs):
+        steps = range(max(plan.start, epoch * plan.steps_per_epoch), (epoch + 1) * plan.steps_per_epoch)
+        train_one_epoch(plan, network, batches, loss_fn, optimizer, scaler, steps, log, extra, saver)
+        if end_of_epoch:
+            end_of_epoch(epoch + 1, steps.stop, log)
+        saver.end_of_epoch(steps.stop, last=epoch + 1 == args.epochs)
+    log.close()
+    distributed.stop()
+
+
+def train_one_epoch(plan, model, batches, loss_fn, optimizer, scaler, steps, log, extra=dict, after_step=None):
+    """Run the optimiser steps `steps`, a range counted from the start of training. Arguments as for train.
+
+    Raises:
+        FloatingPointError: if the loss that is about to be logged is not finite.
+    """
+    args = plan.args
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    loss_sum, logged, waited, began = 0.0, steps.start, 0.0, time.perf_counter()
+    for step in steps:
+        optim.set_learning_rate(optimizer, plan.lr_at, step)
+        due = (step + 1) % args.log_every == 0 or step + 1 == steps.stop
+        for micro_step in range(plan.accumulation):
+            waiting = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - waiting
+            with distributed.no_sync(model, skip=micro_step < plan.accumulation - 1):
+                loss = loss_fn(model, batch) / plan.accumulation
+                scaler.scale(loss).backward()
+            loss_sum = loss_sum + loss.detach()
+        if args.clip_grad or due:
+            scaler.unscale_(optimizer)
+            grad_norm = get_total_norm([p.grad for p in parameters])
+            if args.clip_grad:
+                clip_grads_with_norm_(parameters, args.clip_grad, grad_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        log.advance()
+
+        if due:  # the only place that waits for the device
+            num_steps = step + 1 - logged
+            loss = distributed.sum_over_processes(loss_sum).item() / plan.world_size / num_steps
+            if not math.isfinite(loss):
+                raise FloatingPointError(f'the loss is {loss} at step {step + 1}')
+            seconds = time.perf_counter() - began
+            values = {
+                'loss': loss,
+                'lr': max(group['lr'] for group in optimizer.param_groups),
+                'grad_norm': grad_norm.item(),
+                'images_per_s': num_steps * args.total_batch_size / seconds,
+                'data_wait': waited / seconds,
+            }
+            if scaler.is_enabled():
+                values['loss_scale'] = scaler.get_scale()
+            log.entry(step + 1, (step + 1) / plan.steps_per_epoch, values | extra())
+            loss_sum, logged, waited, began = 0.0, step + 1, 0.0, time.perf_counter()
+        if after_step:
+            after_step(step + 1)
+
+
+@torch.no_grad()
+def evaluate(model, loader, loss_fn):
+    """Mean of loss_fn over all images of all processes, each of which has its own share of them in loader."""
+    model.eval()
+    total = torch.zeros(2, device=loader.device)
+    for batch in loader:
+        count = len(batch[0])
+        total += torch.stack([loss_fn(model, batch) * count, torch.tensor(count, device=loader.device)])
+    loss_sum, count = distributed.sum_over_processes(total).tolist()
+    return loss_sum / count

@@ -1,0 +1,84 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.transforms.v2.functional import to_pil_image
+
+import main_pretrain
+from util.args import run
+from util.shapes import Shapes
+
+ROOT = Path(__file__).parent.parent
+
+# A run of seconds: 64 images of 16 x 16 pixels, three epochs of four steps.
+SMALL_RUN = (
+    '--model mff_vit_tiny_patch4 --input_size 16 --total_batch_size 16 --epochs 3 --warmup_epochs 1 --lr 1e-3 '
+    '--num_workers 0 --log_every 1 --device cpu'
+).split()
+
+
+@pytest.fixture(scope='session')
+def folder(tmp_path_factory):
+    """An image folder on disk: 64 drawn PNGs of 20 x 18 pixels in train/, 20 in val/."""
+    root = tmp_path_factory.mktemp('images')
+    for split, count in (('train', 64), ('val', 20)):
+        shapes = Shapes(split, (20, 18))
+        for index in range(count):
+            image, label = shapes[index]
+            path = root / split / shapes.classes[label] / f'{index}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            to_pil_image(image).save(path)
+    return root
+
+
+@pytest.fixture
+def small_run(folder, tmp_path):
+    """small_run(name, *flags) -> the arguments of a small run of main_pretrain into tmp_path / name."""
+    return lambda name, *flags: ['--data_path', str(folder), *SMALL_RUN, '--output_dir', str(tmp_path / name), *flags]
+
+
+@pytest.fixture
+def pretrain(small_run, tmp_path):
+    """pretrain(name, *flags) -> Result of a small run of main_pretrain in this process."""
+
+    def start(name, *flags):
+        run(main_pretrain.main, main_pretrain.get_parser(), small_run(name, *flags))
+        return Result(tmp_path / name)
+
+    return start
+
+
+class Result:
+    """What a run left in its output directory."""
+
+    def __init__(self, output_dir):
+        self.output_dir = output_dir
+
+    @property
+    def entries(self):
+        return [json.loads(line) for line in (self.output_dir / 'log.jsonl').read_text().splitlines()[1:]]
+
+    @property
+    def losses(self):
+        return {entry['step']: entry['loss'] for entry in self.entries if 'loss' in entry}
+
+    @property
+    def checkpoint(self):
+        return torch.load(self.output_dir / 'checkpoint-last.pth', weights_only=True)
+
+
+def command(*arguments, torchrun=0, timeout=300, **environment):
+    """Run a script as a user does, one process or under torchrun; CompletedProcess with text."""
+    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={torchrun}'] if torchrun else []
+    return subprocess.run(
+        [sys.executable, *launcher, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )

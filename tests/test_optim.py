@@ -1,0 +1,49 @@
+"""The learning-rate schedule against torch's schedulers, which mmengine's follow."""
+
+import pytest
+import torch
+
+from util.optim import learning_rate, param_groups
+
+
+@pytest.mark.parametrize('warmup, total, min_lr', [(40, 300, 0.0), (5, 60, 1e-6), (1, 12, 0.0)])
+def test_schedule_is_linear_then_cosine(warmup, total, min_lr):
+    lr = 2.4e-3
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr)
+    linear = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-4, total_iters=max(1, warmup - 1))
+    expected = []
+    for _ in range(warmup):
+        expected.append(optimizer.param_groups[0]['lr'])
+        optimizer.step()
+        linear.step()
+    optimizer.param_groups[0]['lr'] = lr
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total - warmup, min_lr)
+    for _ in range(warmup, total):
+        expected.append(optimizer.param_groups[0]['lr'])
+        optimizer.step()
+        cosine.step()
+    ours = [learning_rate(step, total, warmup, lr, min_lr) for step in range(total)]
+    assert ours == pytest.approx(expected, rel=1e-9)
+
+
+def test_schedule_at_the_published_recipe():
+    """300 epochs of 312 steps: 1e-4 of the peak at first, the peak after 40 epochs, half of it in the middle."""
+    total, warmup = 300 * 312, 40 * 312
+    rates = [learning_rate(step, total, warmup, 2.4e-3) for step in range(total)]
+    assert rates[0] == pytest.approx(2.4e-7)
+    assert rates[warmup - 1] == rates[warmup] == pytest.approx(2.4e-3) == max(rates)
+    assert rates[(warmup + total) // 2] == pytest.approx(1.2e-3)
+    assert 0 < rates[-1] < 1e-11
+
+
+def test_no_warmup_starts_at_the_peak():
+    assert learning_rate(0, 10, 0, 1.0) == 1.0
+
+
+def test_layer_decay_needs_a_model_that_knows_its_layers():
+    class Plain(torch.nn.Linear):
+        def no_weight_decay(self):
+            return set()
+
+    with pytest.raises(ValueError, match='group_matcher'):
+        param_groups(Plain(2, 2), 0.05, layer_decay=0.65)

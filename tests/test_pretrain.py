@@ -1,0 +1,218 @@
+"""Runs of main_pretrain.py, whole: what they write, and that their course depends on nothing but the recipe."""
+
+import re
+
+import pytest
+import torch
+from conftest import Result, command
+
+import main_pretrain
+from util import checkpoint
+from util.args import run
+
+
+def test_a_run_trains_and_leaves_everything(pretrain, capsys):
+    result = pretrain('run', '--epochs', '6')
+    losses = list(result.losses.values())
+    assert len(losses) == 24 and sum(losses[-4:]) < 0.97 * sum(losses[:4])
+    entry = result.entries[-2]
+    assert {'step', 'epoch', 'loss', 'lr', 'grad_norm', 'images_per_s', 'data_wait', 'fusion/layer_00'} <= entry.keys()
+    assert sum(value for name, value in entry.items() if name.startswith('fusion/')) == pytest.approx(1)
+    val_losses = [entry['val_loss'] for entry in result.entries if 'val_loss' in entry]
+    assert len(val_losses) == 6 and val_losses[-1] < val_losses[0]
+    files = {path.name for path in result.output_dir.iterdir()}
+    assert {'checkpoint-last.pth', 'log.jsonl', 'reconstruction.png'} <= files
+    assert any(name.startswith('events.out.tfevents') for name in files)
+    state = result.checkpoint
+    assert state['step'] == 24 and state['epoch'] == 6 and state['args']['model'] == 'mff_vit_tiny_patch4'
+    printed = capsys.readouterr().out
+    assert 'Done' in printed and 'tensorboard --logdir' in printed and 'reconstruct' in printed
+
+
+def test_tensorboard_holds_the_curves(pretrain):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = pretrain('run', '--epochs', '1')
+    events = EventAccumulator(str(result.output_dir))
+    events.Reload()
+    tags = events.Tags()
+    assert {'train/loss', 'train/lr', 'train/grad_norm', 'train/val_loss', 'fusion/layer_11'} <= set(tags['scalars'])
+    assert tags['images'] == ['reconstruction']
+    written = {event.step: event.value for event in events.Scalars('train/loss')}
+    assert written == pytest.approx(result.losses)
+
+
+def test_number_of_workers_changes_nothing(pretrain):
+    runs = [pretrain(f'workers{n}', '--num_workers', str(n)) for n in (0, 1, 3)]
+    assert runs[0].losses == runs[1].losses == runs[2].losses
+
+
+@pytest.mark.parametrize('accumulation, processes', [(2, 2), (1, 4)])
+def test_number_of_processes_changes_nothing(pretrain, small_run, tmp_path, accumulation, processes):
+    alone = pretrain('alone', '--batch_size', '4')  # one process, four accumulation steps
+    arguments = small_run('many', '--batch_size', '4')
+    done = command('main_pretrain.py', *arguments, torchrun=processes)
+    assert done.returncode == 0, done.stderr
+    assert f'4 x {processes} processes x {accumulation} accumulated' in done.stdout
+    assert Result(tmp_path / 'many').losses == pytest.approx(alone.losses, rel=1e-5)
+    theirs = Result(tmp_path / 'many').checkpoint['model']
+    for name, tensor in alone.checkpoint['model'].items():
+        if not name.endswith('qkv.bias'):  # the key's third has no gradient but rounding, which Adam amplifies
+            assert torch.allclose(tensor, theirs[name], atol=2e-5), name
+
+
+def test_resumed_in_mid_epoch_is_uninterrupted(pretrain, monkeypatch):
+    whole = pretrain('whole')
+
+    class Killed(Exception):
+        pass
+
+    def save_and_die(state, output_dir):
+        save(state, output_dir)
+        raise Killed
+
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, 'save', save_and_die)
+    with pytest.raises(Killed):
+        pretrain('cut', '--save_every', '3', '--num_workers', '1')
+    monkeypatch.setattr(checkpoint, 'save', save)
+    resumed = pretrain('cut', '--num_workers', '2', '--batch_size', '16')
+    assert resumed.losses == whole.losses  # 12 steps, each once
+    for name, tensor in whole.checkpoint['model'].items():
+        assert torch.equal(tensor, resumed.checkpoint['model'][name]), name
+
+
+def test_complete_run_has_nothing_to_do(pretrain, capsys):
+    first = pretrain('run')
+    before = first.checkpoint
+    pretrain('run')
+    assert 'complete before' in capsys.readouterr().out
+    assert first.checkpoint['step'] == before['step'] and len(first.losses) == 12
+
+
+@pytest.mark.parametrize('amp', ['bf16', 'fp16'])
+def test_mixed_precision_follows_fp32(pretrain, amp):
+    full, mixed = pretrain('full', '--amp', 'none'), pretrain('mixed', '--amp', amp)
+    assert mixed.losses == pytest.approx(full.losses, rel=0.02)
+    assert ('loss_scale' in mixed.entries[0]) == (amp == 'fp16')
+
+
+def test_clipping_bounds_the_update(pretrain):
+    free, clipped = pretrain('free'), pretrain('clipped', '--clip_grad', '0.01')
+    assert free.losses[1] == clipped.losses[1] and free.losses[12] != clipped.losses[12]
+
+
+def test_rectangles_greyscale_and_mae_crop(pretrain):
+    result = pretrain('run', '--input_size', '12', '16', '--in_chans', '1', '--crop', 'rrc', '--fuse_layers', '11')
+    assert result.checkpoint['model']['patch_embed.proj.weight'].shape == (192, 1, 4, 4)
+    assert result.checkpoint['model']['pos_embed'].shape == (1, 1 + 3 * 4, 192)
+    assert not [name for name in result.checkpoint['model'] if 'fuse' in name]
+
+
+def test_visualize_reads_the_checkpoint(pretrain, folder, tmp_path):
+    from PIL import Image
+
+    from util import visualize
+
+    output_dir = pretrain('run', '--epochs', '1').output_dir
+    image = next((folder / 'val').rglob('*.png'))
+    flags = ['reconstruct', str(output_dir / 'checkpoint-last.pth'), str(image), '--out', str(tmp_path / 'a.png')]
+    run(visualize.main, visualize.get_parser(), flags)
+    run(visualize.main, visualize.get_parser(), ['curves', str(output_dir), '--out', str(tmp_path / 'b.png')])
+    for name in ('a.png', 'b.png'):
+        assert min(Image.open(tmp_path / name).size) > 100
+
+
+@pytest.mark.slow
+def test_compiled_follows_eager(pretrain):
+    eager, compiled = pretrain('eager'), pretrain('compiled', '--compile')
+    assert compiled.losses == pytest.approx(eager.losses, rel=1e-4)
+    assert compiled.checkpoint['model'].keys() == eager.checkpoint['model'].keys()
+
+
+# --- A user's mistakes: one line, exit code 2, before anything is started --------------------------------------
+
+MISTAKES = {
+    'no such folder or file': ['--data_path', 'nowhere'],
+    'no image in it': ['--data_path', '{empty}'],
+    'none of its first 3 images can be read': ['--data_path', '{broken}'],
+    'no such data set': ['--data_path', 'torch/imaginary'],
+    'download failed': ['--data_path', 'torch/cifar10', '--download_dir', '{empty}'],
+    'not a text file that lists images': ['--data_path', '{empty_list}'],
+    'not a multiple of patch size': ['--input_size', '18'],
+    'image size 2 x 2': ['--input_size', '2'],
+    'one side, or height and width': ['--input_size', '16', '16', '16'],
+    "no model 'vit'; there are mff_vit_tiny_patch4": ['--model', 'vit'],
+    'unrecognized arguments: --mask_ration': ['--mask_ration', '0.5'],
+    'must end with the last block, which is 11': ['--fuse_layers', '0', '12'],
+    'must be increasing': ['--fuse_layers', '4', '2', '11'],
+    "'many' is not a whole number": ['--epochs', 'many'],
+    "'nan' is not a number": ['--lr', 'nan'],
+    "'1.5' is not a number from 0 to 1": ['--mask_ratio', '1.5'],
+    'leaves none visible': ['--mask_ratio', '0.99'],
+    '--batch_size 1, 2, 4, 8 would do': ['--batch_size', '6'],
+    'too few for one step': ['--total_batch_size', '65'],
+    '--mean has 2 numbers': ['--mean', '0.5', '0.5'],
+    'an image file gives 1 or 3 channels': ['--in_chans', '4'],
+    'cannot write there': ['--output_dir', '/dev/null/output'],
+    'missing.pth: No such file': ['--resume', 'missing.pth'],
+    'not a whole checkpoint': ['--resume', '{broken}/0.jpg'],
+    "No such file or directory: 'missing.txt'": ['@missing.txt'],
+    'no such device': ['--device', 'abacus'],
+}
+
+
+@pytest.mark.parametrize('message', MISTAKES)
+def test_a_mistake_gets_one_line_and_code_2(message, pretrain, tmp_path, capsys, monkeypatch):
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'broken').mkdir()
+    for index in range(3):
+        (tmp_path / f'broken/{index}.jpg').write_text('not an image')
+    (tmp_path / 'list.txt').write_text('\n# nothing\n')
+    monkeypatch.setattr('util.distributed.start', lambda name: pytest.fail('a device was started'))
+    places = {'empty': tmp_path / 'empty', 'broken': tmp_path / 'broken', 'empty_list': tmp_path / 'list.txt'}
+    with pytest.raises(SystemExit) as exit:
+        pretrain('run', *(flag.format(**places) for flag in MISTAKES[message]))
+    printed = capsys.readouterr()
+    assert exit.value.code == 2
+    assert message in printed.err and re.fullmatch(r'[^\n]*error: [^\n]+\n', printed.err), printed.err
+
+
+def test_resume_refuses_another_architecture_and_changed_flags(pretrain, capsys):
+    pretrain('run', '--epochs', '1')
+    for flags, message in [
+        (['--fuse_layers', '11'], 'another architecture'),
+        (['--lr', '5e-4'], '--lr 0.001 -> 0.0005'),
+        (['--epochs', '2'], '--epochs 1 -> 2'),
+    ]:
+        with pytest.raises(SystemExit) as exit:
+            pretrain('run', *flags, *(['--epochs', '1'] if '--epochs' not in flags else []))
+        assert exit.value.code == 2
+        assert message in capsys.readouterr().err
+    assert pretrain('run', '--epochs', '2', '--force_resume').checkpoint['step'] == 8
+
+
+def test_total_batch_that_does_not_divide_over_processes():
+    flags = '--data_path shapes --model mff_vit_tiny_patch4 --total_batch_size 17 --output_dir output/none'
+    done = command('main_pretrain.py', *flags.split(), WORLD_SIZE='2', RANK='0', LOCAL_RANK='0')
+    assert done.returncode == 2
+    assert '17 cannot be split over 2 processes; 16 or 18 can' in done.stderr
+
+
+def test_damaged_checkpoint_falls_back_to_the_previous(pretrain, capsys):
+    result = pretrain('run', '--save_every', '2', '--epochs', '2')
+    whole = result.checkpoint
+    last = result.output_dir / 'checkpoint-last.pth'
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1  # one flipped bit
+    last.write_bytes(content)
+    again = pretrain('run', '--save_every', '2', '--epochs', '2')
+    assert 'damaged' in capsys.readouterr().out
+    assert all(torch.equal(tensor, again.checkpoint['model'][name]) for name, tensor in whole['model'].items())
+
+
+def test_parser_reads_recipes_with_comments(tmp_path):
+    recipe = tmp_path / 'recipe.txt'
+    recipe.write_text('# a comment\n--data_path "a folder"  # another\n\n--epochs 5 --lr 1e-3\n')
+    args = main_pretrain.get_parser().parse_args([f'@{recipe}', '--epochs', '7'])
+    assert (args.data_path, args.epochs, args.lr) == ('a folder', 7, 1e-3)

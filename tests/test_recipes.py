@@ -1,0 +1,51 @@
+"""The recipe files against the published recipe (mmpretrain configs/mff, configs/mae), figure by figure."""
+
+from pathlib import Path
+
+import pytest
+
+import main_pretrain
+from models_mff import create_model
+
+RECIPES = Path(__file__).parent.parent / 'recipes'
+
+
+def read(name, *flags):
+    return main_pretrain.get_parser().parse_args([f'@{RECIPES / name}', '--data_path', 'images', *flags])
+
+
+@pytest.mark.parametrize('epochs', [300, 800])
+def test_vit_base_is_the_published_recipe(epochs):
+    args = read(f'vit_base_{epochs}e_pretrain.txt')
+    assert args.model == 'mff_vit_base_patch16' and args.fuse_layers == [0, 2, 4, 6, 8, 11]
+    assert args.total_batch_size == 4096
+    assert args.lr is None and args.blr * args.total_batch_size / 256 == pytest.approx(2.4e-3)
+    assert args.betas == [0.9, 0.95] and args.weight_decay == 0.05
+    assert (args.epochs, args.warmup_epochs, args.min_lr) == (epochs, 40, 0)
+    assert args.amp == 'fp16' and args.clip_grad is None
+    assert args.crop == 'simple' and args.input_size == [224, 224]
+    assert args.mean is None and args.std is None  # ImageNet's
+    assert args.mask_ratio == 0.75 and args.norm_pix_loss is True
+
+
+@pytest.mark.parametrize('size, layers', [('small', [3, 5, 7, 11]), ('large', [0, 4, 8, 12, 16, 20, 23])])
+def test_other_sizes_share_the_recipe(size, layers):
+    args, base = read(f'vit_{size}_300e_pretrain.txt'), read('vit_base_300e_pretrain.txt')
+    differing = {name for name in vars(args) if getattr(args, name) != getattr(base, name)}
+    assert differing == {'model', 'fuse_layers', 'output_dir', 'amp'}
+    assert args.model == f'mff_vit_{size}_patch16' and args.fuse_layers == layers
+
+
+def test_one_gpu_keeps_the_learning_rate_rule():
+    args, base = read('one_gpu_pretrain.txt'), read('vit_base_300e_pretrain.txt')
+    assert args.blr == base.blr and args.total_batch_size % args.batch_size == 0
+
+
+@pytest.mark.parametrize('path', sorted(RECIPES.glob('*_pretrain.txt')), ids=lambda path: path.stem)
+def test_every_recipe_is_of_a_model(path):
+    args = main_pretrain.get_parser().parse_args(
+        [f'@{path}', *([] if 'data_path' in path.read_text() else ['--data_path', 'x'])]
+    )
+    model = create_model(args.model, args.input_size, args.in_chans, args.fuse_layers, args.norm_pix_loss)
+    assert args.output_dir == f'output/{path.stem}'
+    assert args.fuse_layers is None or model.fuse_layers == create_model(args.model).fuse_layers

@@ -1,0 +1,220 @@
+"""Checkpoints: plain files of tensors, numbers and strings, written whole or not at all, and read as data only."""
+
+import os
+import re
+import shutil
+import tempfile
+import time
+import zipfile
+
+import torch
+
+from util.args import InputError
+
+LAST, PREVIOUS = 'checkpoint-last.pth', 'checkpoint-previous.pth'
+
+# Flags that may change when a run goes on: they do not change what is trained.
+FREE_FLAGS = {
+    'batch_size',
+    'num_workers',
+    'device',
+    'output_dir',
+    'resume',
+    'force_resume',
+    'save_every',
+    'keep_every',
+    'log_every',
+    'eval_every',
+    'picture_every',
+    'download_dir',
+    'compile',
+}
+
+
+def save(state, output_dir):
+    """Write state to output_dir/checkpoint-last.pth; what was there becomes checkpoint-previous.pth.
+
+    state is whole on disk before it takes the name, so that a kill at any moment leaves a whole checkpoint.
+    """
+    last, temporary = os.path.join(output_dir, LAST), os.path.join(output_dir, 'checkpoint-writing.tmp')
+    with open(temporary, 'wb') as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if os.path.exists(last):
+        os.replace(last, os.path.join(output_dir, PREVIOUS))
+    os.replace(temporary, last)
+
+
+class Saver:
+    """Saves a run when it is due: every --save_every, at the end of epochs, and at the end.
+
+    The end of an epoch is passed over while saving would take more than a twentieth of the time since the last one.
+    """
+
+    def __init__(self, args, steps_per_epoch, model, optimizer, scaler, enabled=True):
+        self.args, self.steps_per_epoch, self.enabled = args, steps_per_epoch, enabled
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.saved_at, self.seconds = time.monotonic(), 0.0
+
+    def __call__(self, step):
+        """After each optimiser step; the last of an epoch is left to end_of_epoch."""
+        every, unit = self.args.save_every
+        due = time.monotonic() - self.saved_at >= 60 * every if unit == 'min' else unit == '' and step % every == 0
+        if self.enabled and due and step % self.steps_per_epoch:
+            self.save(step)
+
+    def end_of_epoch(self, step, last):
+        every, unit = self.args.save_every
+        epoch = step // self.steps_per_epoch
+        keep = self.args.keep_every and epoch % self.args.keep_every == 0
+        cheap = time.monotonic() - self.saved_at >= 20 * self.seconds
+        if self.enabled and (last or keep or (unit == 'ep' and epoch % every == 0) or (unit != 'ep' and cheap)):
+            self.save(step)
+            if keep:
+                kept = os.path.join(self.args.output_dir, f'checkpoint-{epoch:04d}.pth')
+                shutil.copyfile(os.path.join(self.args.output_dir, LAST), kept)
+
+    def save(self, step):
+        began = time.monotonic()
+        state = {
+            'model': self.model.state_dict(),
+            'optimizer': self.optimizer.state_dict(),
+            'scaler': self.scaler.state_dict(),
+            'step': step,
+            'epoch': step // self.steps_per_epoch,
+            'args': {name: plain(value) for name, value in vars(self.args).items()},
+        }
+        if not all(tensor.isfinite().all() for tensor in state['model'].values()):
+            raise FloatingPointError(f'the weights are not finite after step {step}')
+        save(state, self.args.output_dir)
+        self.saved_at, self.seconds = time.monotonic(), time.monotonic() - began
+
+
+def make_output_dir(path):
+    """Create --output_dir. Raises InputError if nothing can be written there."""
+    try:
+        os.makedirs(path, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise InputError(f'--output_dir {path}: cannot write there ({error.strerror})') from None
+
+
+def load(path):
+    """Read a checkpoint to the CPU, as data: nothing in the file is executed, every byte is checked.
+
+    Raises:
+        InputError: if it is missing, damaged, or holds more than tensors, numbers and strings.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise InputError(f'{path}: damaged at {damaged}')
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except OSError as error:
+        raise InputError(f'{path}: {error.strerror}') from None
+    except InputError:
+        raise
+    except Exception as error:  # the zip and pickle readers raise many kinds
+        raise InputError(f'{path}: not a whole checkpoint ({str(error).splitlines()[0]})') from None
+
+
+def find(resume, output_dir, say=print):
+    """The checkpoint to go on from: of --resume PATH, or the newest whole one for 'auto'; None to start anew."""
+    if resume != 'auto':
+        return None if resume == 'none' else load(resume)
+    problems = []
+    for name in (LAST, PREVIOUS):
+        path = os.path.join(output_dir, name)
+        if os.path.exists(path):
+            try:
+                state = load(path)
+            except InputError as error:
+                problems.append(str(error))
+                continue
+            for problem in problems:
+                say(f'{problem}; going on from {path} instead')
+            return state
+    if problems:
+        raise InputError(f'{"; ".join(problems)}; to start anew, remove them or choose another --output_dir')
+    return None
+
+
+def check_same_run(state, args, model):
+    """Refuse to resume from a checkpoint of another architecture, or with flags that change the training.
+
+    Raises:
+        InputError: naming the parameters, or each flag with its old and new value (--force_resume overrides these).
+    """
+    if 'model' not in state or 'step' not in state:
+        raise InputError('--resume: not a checkpoint of a training run of this project')
+    ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in state['model'].items()}
+    odd = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
+    if odd:
+        name = min(odd)
+        raise InputError(
+            f'the checkpoint in --output_dir or --resume is of another architecture: {len(odd)} tensors '
+            f'differ, such as {name} ({theirs.get(name, "absent")} there, {ours.get(name, "absent")} here); '
+            'use its --model, --input_size and --fuse_layers, another --output_dir, or --resume none'
+        )
+    now, then = vars(args), state['args']
+    changed = [
+        f'--{name} {then.get(name)} -> {now[name]}'
+        for name in now
+        if name not in FREE_FLAGS and plain(now[name]) != then.get(name)
+    ]
+    if changed and not args.force_resume:
+        raise InputError(
+            f'this run was started with other flags: {", ".join(changed)}; use those, another --output_dir, '
+            'or --force_resume'
+        )
+
+
+def plain(value):
+    """A flag's value as a checkpoint holds it: numbers, strings, lists."""
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+# --- Other projects' names ------------------------------------------------------------------------------------
+
+# mmpretrain's name -> this project's, which are timm's and MAE's; applied in order.
+RENAMES = [
+    (re.compile(pattern), new)
+    for pattern, new in [
+        (r'^backbone\.ln1\.', 'norm.'),
+        (r'^backbone\.ln2\.', 'fc_norm.'),
+        (r'^neck\.ln1\.', 'decoder_norm.'),
+        (r'^head\.(fc|layers\.head)\.', 'head.'),
+        (r'^(backbone|neck)\.', ''),
+        (r'^proj_layers\.', 'fuse_projs.'),
+        (r'^proj_weights$', 'fuse_logits'),
+        (r'^layers\.', 'blocks.'),
+        (r'patch_embed\.projection\.', 'patch_embed.proj.'),
+        (r'\.ln([12])\.', r'.norm\1.'),
+        (r'\.ffn\.layers\.0\.0\.', '.mlp.fc1.'),
+        (r'\.ffn\.layers\.1\.', '.mlp.fc2.'),
+    ]
+]
+
+
+def convert_state_dict(state):
+    """Names of any known origin -> this project's: its own, mmpretrain's, facebookresearch/mae's and timm's.
+
+    The last two already agree. A checkpoint's outer dict ('model' or 'state_dict') is opened. mmpretrain's unused
+    fusion weight of a single level is dropped: plain MAE has none here.
+    """
+    for key in ('state_dict', 'model'):
+        if isinstance(state.get(key), dict):
+            state = state[key]
+    converted = {}
+    for name, tensor in state.items():
+        if name.startswith(('backbone.', 'neck.', 'head.')):
+            for pattern, new in RENAMES:
+                name = pattern.sub(new, name)
+        converted[name] = tensor
+    if 'fuse_logits' in converted and converted['fuse_logits'].numel() == 1:
+        del converted['fuse_logits']
+    return converted

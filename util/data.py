@@ -1,0 +1,411 @@
+"""The input: data sets, transforms, the sampler, the loader, and all randomness of what they give.
+
+A source gives decoded images: source[i] -> (uint8 tensor (C, H, W), label or -1). Samples adds the transform and
+the mask noise, BatchStream says which samples a process sees when. Images stay uint8 until the device.
+
+Randomness belongs to the sample: every crop, flip and mask is drawn from generators seeded by (seed, epoch,
+index). What a run sees depends neither on the number of workers nor on that of processes, and a resumed run needs
+no stored generator state.
+"""
+
+import io
+import os
+import random
+import urllib.error
+
+import numpy as np
+import torch
+import torchvision.datasets
+from PIL import Image, ImageOps
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import InterpolationMode, v2
+
+from util.args import InputError
+from util.shapes import Shapes
+
+EXTENSIONS = (*torchvision.datasets.folder.IMG_EXTENSIONS, '.gif', '.npy')
+SPLITS = {'train': ['train'], 'val': ['val', 'valid', 'validation', 'test']}
+
+
+# --- Reading an image -----------------------------------------------------------------------------------------
+
+
+def read_image(path, in_chans=3):
+    """Decode an image file, or an .npy array (H, W, C) or (H, W), to (in_chans, H, W).
+
+    uint8, or float32 in 0..1 for arrays of another type. 16-bit files keep their upper 8 bits, transparency is
+    dropped, EXIF orientation is applied.
+
+    Raises:
+        OSError, ValueError: if it cannot be read, or has other channels.
+    """
+    with open(path, 'rb') as file:
+        data = file.read()
+    if path.lower().endswith('.npy'):
+        return array_to_tensor(np.load(io.BytesIO(data), allow_pickle=False), in_chans)
+    if data[:2] == b'\xff\xd8' and in_chans in (1, 3):  # JPEG: torchvision, twice as fast as PIL
+        mode = ImageReadMode.RGB if in_chans == 3 else ImageReadMode.GRAY
+        try:
+            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode, apply_exif_orientation=True)
+        except RuntimeError as error:
+            raise ValueError(str(error).splitlines()[0]) from None
+    return pil_to_tensor(Image.open(io.BytesIO(data)), in_chans)
+
+
+def pil_to_tensor(image, in_chans):
+    """PIL image of any mode -> uint8 (in_chans, H, W), as read_image describes."""
+    if in_chans not in (1, 3):
+        raise ValueError(f'an image file gives 1 or 3 channels; for --in_chans {in_chans} use .npy arrays (H, W, C)')
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith('I') or image.mode == 'F':  # 16 or 32 bits: PIL's convert would clip at 255
+        pixels = np.asarray(image, dtype=np.float32)
+        image = Image.fromarray((pixels / 257 if image.mode != 'F' else pixels).round().clip(0, 255).astype(np.uint8))
+    return v2.functional.pil_to_tensor(image.convert('RGB' if in_chans == 3 else 'L'))
+
+
+def array_to_tensor(array, in_chans):
+    """(H, W, C) or (H, W) -> (C, H, W): uint8 as it is, other whole numbers over their largest, floats as given."""
+    array = array[..., None] if array.ndim == 2 else array
+    if array.ndim != 3 or array.shape[2] != in_chans:
+        raise ValueError(
+            f'an array of shape {array.shape} is not (H, W, {in_chans}); --in_chans says how many channels'
+        )
+    if array.dtype != np.uint8:
+        scale = np.iinfo(array.dtype).max if np.issubdtype(array.dtype, np.integer) else 1
+        array = array.astype(np.float32) / scale
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+# --- Sources --------------------------------------------------------------------------------------------------
+
+
+class ImageFiles:
+    """Image files below a folder, given by their names relative to it."""
+
+    def __init__(self, root, names, in_chans):
+        self.root, self.in_chans = root, in_chans
+        self.names = np.array([os.fsencode(name) for name in names])  # one buffer, shared with the workers
+
+    def __len__(self):
+        return len(self.names)
+
+    def path(self, index):
+        return os.path.join(self.root, os.fsdecode(self.names[index]))
+
+    def __getitem__(self, index):
+        try:
+            return read_image(self.path(index), self.in_chans), -1
+        except (OSError, ValueError) as error:
+            raise ValueError(f'{self.path(index)}: {error}') from None
+
+
+class TorchvisionImages:
+    """A torchvision classification set, whose items are (PIL image, label)."""
+
+    def __init__(self, dataset, in_chans):
+        self.dataset, self.in_chans = dataset, in_chans
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        image, label = self.dataset[index]
+        return pil_to_tensor(image, self.in_chans), label
+
+
+def open_sources(args, size):
+    """(training source, validation source or None) of --data_path and --val_path. Raises InputError."""
+    options = args.in_chans, size, args.download_dir
+    train = open_source(args.data_path, 'train', *options)
+    if args.val_path:
+        return train, open_source(args.val_path, 'val', *options) or open_source(args.val_path, 'train', *options)
+    return train, open_source(args.data_path, 'val', *options)
+
+
+def open_source(path, split, in_chans=3, size=(224, 224), download_dir='data'):
+    """The images that --data_path (or --val_path) names; None for 'val' where the data has no such split.
+
+    Raises:
+        InputError: if nothing is there, or nothing in it can be read.
+    """
+    if path == 'shapes':
+        source = Shapes(split, size)
+    elif path.startswith('torch/'):
+        source = open_torchvision(path, split, in_chans, download_dir)
+    elif os.path.isdir(path):
+        source = open_folder(path, split, in_chans)
+    elif os.path.isfile(path):
+        source = open_list(path, in_chans) if split == 'train' else None
+    else:
+        raise InputError(f'{path}: no such folder or file')
+    if source is not None:
+        check_readable(source, path, in_chans)
+    return source
+
+
+def open_folder(path, split, in_chans):
+    """All images below path; below its train/ (or val/, valid/, validation/, test/) where it is divided so."""
+    folders = {entry.name: entry.path for entry in os.scandir(path) if entry.is_dir() and entry.name[0] != '.'}
+    held_out = [folders[name] for name in SPLITS['val'] if name in folders]
+    if 'train' in folders and (held_out or len(folders) == 1):  # else 'train' is a class or a folder like others
+        candidates = [folders['train']] if split == 'train' else held_out[:1]
+    else:
+        candidates = [path] if split == 'train' else []
+    if not candidates:
+        return None
+    names = find_images(candidates[0])
+    if not names:
+        raise InputError(
+            f'{candidates[0]}: no image in it or in the folders below; files that count end in {" ".join(EXTENSIONS)}'
+        )
+    return ImageFiles(candidates[0], names, in_chans)
+
+
+def find_images(root):
+    """Sorted names, relative to root, of the image files in root and below; links are followed, loops are not."""
+    names, seen = [], set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        subfolders[:] = [name for name in subfolders if name[0] != '.']
+        names += [
+            os.path.relpath(os.path.join(folder, name), root)
+            for name in files
+            if name.lower().endswith(EXTENSIONS) and name[0] != '.'
+        ]
+    return sorted(names)
+
+
+def open_list(path, in_chans):
+    """A text file with one image a line, relative to the file's folder or absolute; '#' starts a comment line."""
+    try:
+        with open(path, encoding='utf-8', errors='surrogateescape') as file:
+            lines = [line.strip() for line in file]
+    except OSError as error:
+        raise InputError(f'{path}: {error.strerror}') from None
+    names = [line for line in lines if line and line[0] != '#']
+    if not names or '\0' in names[0]:
+        raise InputError(f'{path}: not a text file that lists images, one a line')
+    return ImageFiles(os.path.dirname(path), names, in_chans)
+
+
+def open_torchvision(path, split, in_chans, root):
+    """torch/NAME, as timm spells it: any torchvision.datasets class of (image, label) pairs with splits.
+
+    Where a set has unlabelled images beside the training images (STL-10), 'train' is both. Downloaded to root if
+    it is not there.
+    """
+    known = {name.lower(): name for name in torchvision.datasets.__all__}
+    name = known.get(path.removeprefix('torch/').replace('_', '').lower())
+    if name is None:
+        raise InputError(
+            f'{path}: torchvision {torchvision.__version__} has no such data set; '
+            'it has, for instance, torch/cifar10, torch/stl10, torch/flowers102'
+        )
+    dataset_class = getattr(torchvision.datasets, name)
+    choices = ['train+unlabeled', 'train', 'trainval'] if split == 'train' else SPLITS['val']
+    for arguments in [{'split': choice} for choice in choices] + [{'train': split == 'train'}]:
+        for download in (False, True):
+            try:
+                return TorchvisionImages(
+                    dataset_class(root, **arguments, **({'download': True} if download else {})), in_chans
+                )
+            except (TypeError, ValueError) as error:  # no such argument, or no split of that name
+                problem = error
+                break
+            except (RuntimeError, OSError, urllib.error.URLError) as error:  # not there, or no network
+                if download:
+                    reason = str(getattr(error, 'reason', error)).splitlines()[0]
+                    raise InputError(
+                        f'{path}: not found in {root} (--download_dir), and the download failed: {reason}'
+                    ) from None
+                if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+                    raise InputError(
+                        f'{path}: not found in {root} (--download_dir); start once without torchrun to download it'
+                    ) from None
+    if split == 'val':
+        return None
+    raise InputError(f'{path}: {name} cannot be opened as a data set of labelled images ({problem})')
+
+
+def check_readable(source, path, in_chans, tries=16):
+    """Decode images from the start of a source until one succeeds; InputError if none of the first does."""
+    for index in range(min(len(source), tries)):
+        try:
+            image = source[index][0]
+        except (OSError, ValueError) as error:
+            problem = error
+            continue
+        if image.shape[0] != in_chans:
+            raise InputError(f'{path}: its images have {image.shape[0]} channels, but --in_chans is {in_chans}')
+        return
+    raise InputError(f'{path}: none of its first {index + 1} images can be read; {problem}')
+
+
+# --- Transforms -----------------------------------------------------------------------------------------------
+
+
+class Cover(torch.nn.Module):
+    """Resize to the smallest size that covers (H, W) at the same aspect: for squares, torchvision's Resize(side)."""
+
+    def __init__(self, size, interpolation=InterpolationMode.BILINEAR):
+        super().__init__()
+        self.size, self.interpolation = size, interpolation
+
+    def forward(self, image):
+        (h, w), (height, width) = image.shape[-2:], self.size
+        if h * width <= w * height:  # relatively flat: height decides
+            height, width = height, max(width, w * height // h)
+        else:
+            height, width = max(height, h * width // w), width
+        return v2.functional.resize(image, [height, width], self.interpolation, antialias=True)
+
+
+def pretrain_transform(size, crop='simple'):
+    """uint8 (C, h, w) -> uint8 (C, H, W). 'simple': the reference's (mmpretrain configs/mff); 'rrc': MAE's."""
+    if crop == 'simple':
+        spatial = [Cover(size), v2.RandomCrop(size, padding=4, padding_mode='reflect')]
+    else:
+        spatial = [
+            v2.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True)
+        ]
+    return v2.Compose([*spatial, v2.RandomHorizontalFlip()])
+
+
+def centre_transform(size):
+    """uint8 (C, h, w) -> uint8 (C, H, W), nothing random."""
+    return v2.Compose([Cover(size), v2.CenterCrop(size)])
+
+
+# --- Samples, and which of them a process sees ----------------------------------------------------------------
+
+
+def seed_sample(seed, epoch, index):
+    """Seed every generator that a transform may draw from: torch's on the CPU, Python's, NumPy's."""
+    words = np.random.SeedSequence((seed, epoch, index)).generate_state(3).tolist()
+    torch.default_generator.manual_seed(words[0])  # torch.manual_seed would also seed each GPU
+    random.seed(words[1])
+    np.random.seed(words[2])
+
+
+class Samples(torch.utils.data.Dataset):
+    """(epoch, index) -> (transformed image (C, H, W), mask noise (L,) in [0, 1))."""
+
+    def __init__(self, source, transform, num_patches, seed=0):
+        self.source, self.transform, self.num_patches, self.seed = source, transform, num_patches, seed
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        image, _ = self.source[index]
+        seed_sample(self.seed, epoch, index)
+        noise = torch.rand(self.num_patches)  # first, so that masks are the same for every crop
+        return self.transform(image), noise
+
+
+class BatchStream(torch.utils.data.Sampler):
+    """Which (epoch, index) keys one process sees, micro-batch by micro-batch, from one optimiser step to another.
+
+    The images of a step are total_batch consecutive ones of the epoch's permutation, whatever the number of
+    processes and the batch per device. Each epoch drops what does not fill a step, as MAE does.
+    """
+
+    def __init__(self, num_samples, total_batch, batch_size, seed, start, stop, rank=0, world_size=1):
+        self.num_samples, self.total_batch, self.batch_size, self.seed = num_samples, total_batch, batch_size, seed
+        self.start, self.stop, self.rank, self.world_size = start, stop, rank, world_size
+        self.steps_per_epoch = num_samples // total_batch
+
+    def __len__(self):
+        return (self.stop - self.start) * self.total_batch // (self.batch_size * self.world_size)
+
+    def __iter__(self):
+        order = None
+        for step in range(self.start, self.stop):
+            epoch, position = divmod(step, self.steps_per_epoch)
+            if order is None or position == 0:
+                order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
+            images = order[position * self.total_batch : (position + 1) * self.total_batch]
+            for micro_batch in images.reshape(-1, self.batch_size)[self.rank :: self.world_size]:
+                yield [(epoch, index) for index in micro_batch.tolist()]
+
+
+def fixed_batches(num_samples, batch_size, rank=0, world_size=1):
+    """Keys of every sample once, in order, shared out over the processes; always of epoch 0, so nothing varies."""
+    keys = [(0, index) for index in range(rank, num_samples, world_size)]
+    return [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
+
+
+def split_batch(total, per_device, world_size):
+    """Total batch -> (images on a device at a time, accumulation steps): total = per device x processes x steps.
+
+    Raises:
+        InputError: if it does not divide; it says which numbers would.
+    """
+    if total % world_size:
+        near = [n for n in (total // world_size * world_size, -(-total // world_size) * world_size) if n]
+        raise InputError(
+            f'--total_batch_size {total} cannot be split over {world_size} processes; '
+            f'{" or ".join(map(str, dict.fromkeys(near)))} can'
+        )
+    share = total // world_size
+    per_device = per_device or share
+    if share % per_device:
+        fits = [n for n in range(1, share + 1) if share % n == 0]
+        near = sorted(sorted(fits, key=lambda n: abs(n - per_device))[:4])
+        raise InputError(
+            f'--total_batch_size {total} is not --batch_size {per_device} x {world_size} processes x a '
+            f'whole number of accumulation steps; --batch_size {", ".join(map(str, near))} would do'
+        )
+    return per_device, share // per_device
+
+
+def default_workers():
+    """CPU cores of this machine over its training processes, 16 at most."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return min(16, max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+
+
+class Loader:
+    """Batches on the device: (images (N, C, H, W) normalised float, mask noise), loaded ahead by worker processes.
+
+    batch_keys: an iterable of lists of (epoch, index). statistics: (mean, std), as pixel_statistics gives them.
+    """
+
+    def __init__(self, samples, batch_keys, device, statistics, num_workers=None):
+        self.device = device
+        self.mean, self.std = (torch.tensor(values, device=device) for values in statistics)
+        num_workers = default_workers() if num_workers is None else num_workers
+        self.batches = torch.utils.data.DataLoader(
+            samples,
+            batch_sampler=batch_keys,
+            num_workers=num_workers,
+            pin_memory=device.type == 'cuda',
+            prefetch_factor=4 if num_workers else None,
+        )
+
+    def __iter__(self):
+        for images, noise in self.batches:
+            images, noise = (x.to(self.device, non_blocking=True) for x in (images, noise))
+            yield normalise(images, self.mean, self.std), noise
+
+
+def normalise(images, mean, std):
+    """uint8, or float in 0..1, (N, C, H, W) -> float, less mean and over std, each per channel."""
+    mean, std = (torch.as_tensor(values, device=images.device).view(-1, 1, 1) for values in (mean, std))
+    return (v2.functional.to_dtype(images, torch.float32, scale=True) - mean) / std
+
+
+def pixel_statistics(args):
+    """(mean, std) per channel, of pixels in 0..1: --mean and --std, or the defaults. InputError if too few."""
+    imagenet = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    default = imagenet if args.in_chans == 3 else ([0.5] * args.in_chans,) * 2
+    for name, values in (('--mean', args.mean), ('--std', args.std)):
+        if values is not None and len(values) != args.in_chans:
+            raise InputError(f'{name} has {len(values)} numbers, but --in_chans is {args.in_chans}')
+    return args.mean or default[0], args.std or default[1]

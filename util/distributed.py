@@ -1,0 +1,76 @@
+"""Processes and devices: one process without torchrun, many with it, and the code is the same."""
+
+import contextlib
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from timm.utils.distributed import init_distributed_device_so, world_info_from_env
+from torch.nn.parallel import DistributedDataParallel
+
+from util.args import InputError
+
+
+def world():
+    """(rank, world size) as the launcher set them (torchrun, SLURM, Open MPI); nothing is started."""
+    _, rank, world_size = world_info_from_env()
+    return rank, world_size
+
+
+def choose_device(name):
+    """'auto', 'cuda', 'cuda:1', 'mps' or 'cpu' -> a device name that exists here; InputError if it does not."""
+    if name == 'auto':
+        return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise InputError(f'--device {name}: no such device; use cuda, mps or cpu') from None
+    if (kind == 'cuda' and not torch.cuda.is_available()) or (kind == 'mps' and not torch.backends.mps.is_available()):
+        raise InputError(
+            f'--device {name}: this machine has none, or torch {torch.__version__} cannot use it; '
+            '--device cpu works everywhere'
+        )
+    return name
+
+
+def start(name):
+    """Join the process group, if there are several processes, and return this process's torch.device."""
+    torch.set_float32_matmul_precision('high')  # TF32 where the device has it
+    return torch.device(init_distributed_device_so(name)['device'])
+
+
+def mixed_precision(amp, device):
+    """(() -> autocast context, GradScaler) of --amp; the scaler is disabled where there is no fp16."""
+    if amp == 'auto':
+        amp = 'none' if device.type != 'cuda' else 'bf16' if torch.cuda.is_bf16_supported() else 'fp16'
+    dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(amp)
+    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
+    return autocast, torch.amp.GradScaler(device.type, enabled=amp == 'fp16')
+
+
+def wrap(model, device, compiled=False):
+    """model, compiled if asked for, in DistributedDataParallel if there are several processes."""
+    if compiled:
+        model.compile()  # in place: parameter names stay as they are
+    if not dist.is_initialized():
+        return model
+    return DistributedDataParallel(
+        model, [device] if device.type == 'cuda' else None, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+def stop():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_processes(tensor):
+    """Sum a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def no_sync(model, skip):
+    """A context in which backward leaves gradients unsynchronised, where there is anything to skip."""
+    return model.no_sync() if skip and hasattr(model, 'no_sync') else contextlib.nullcontext()

@@ -1,0 +1,106 @@
+"""What a run tells: a progress bar (plain lines where there is no terminal), log.jsonl, TensorBoard."""
+
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+
+import timm
+import torch
+import torchvision
+from tqdm import tqdm
+
+
+class Log:
+    """The log of a run, on the process of rank 0; elsewhere every call does nothing.
+
+    output_dir/log.jsonl: a first line with command, versions and flags, then one line an entry. A resumed run drops
+    the entries after the step it goes on from, here and in TensorBoard.
+
+    Args:
+        total_steps, start_step: of the whole run, and where this one starts.
+        enabled: whether this process writes.
+    """
+
+    def __init__(self, output_dir, total_steps, start_step, args, enabled=True):
+        self.enabled, self.total_steps, self.start_step = enabled, total_steps, start_step
+        self.began = time.time()
+        if not enabled:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # a second to import, needed on one process only
+
+        path = os.path.join(output_dir, 'log.jsonl')
+        kept = [line for line in read(path) if 0 < line.get('step', 0) <= start_step] if start_step else []
+        header = {
+            'command': shlex.join(sys.argv),
+            'python': platform.python_version(),
+            'torch': torch.__version__,
+            'torchvision': torchvision.__version__,
+            'timm': timm.__version__,
+            'args': vars(args),
+        }
+        self.file = open(path, 'w')
+        for line in [header, *kept]:
+            self.file.write(json.dumps(line) + '\n')
+        self.file.flush()
+        self.board = SummaryWriter(output_dir, purge_step=start_step + 1 if start_step else None)
+        self.board.add_text('run', '\n\n'.join(f'**{key}** {value}' for key, value in header.items()), start_step)
+        self.bar = tqdm(
+            total=total_steps, initial=start_step, unit='step', dynamic_ncols=True, disable=not sys.stderr.isatty()
+        )
+
+    def say(self, text):
+        """A line for the person watching."""
+        if self.enabled:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def advance(self):
+        """One optimiser step is done."""
+        if self.enabled:
+            self.bar.update()
+
+    def entry(self, step, epoch, values):
+        """Write values {name: number} of the moment after `step` optimiser steps, which lies in `epoch` (a float)."""
+        if not self.enabled:
+            return
+        self.file.write(json.dumps({'step': step, 'epoch': round(epoch, 4), **values}) + '\n')
+        self.file.flush()
+        for name, value in values.items():
+            self.board.add_scalar(name if '/' in name else f'train/{name}', value, step)
+        text = '  '.join(f'{name} {value:.4g}' for name, value in values.items() if '/' not in name)
+        if self.bar.disable:
+            rate = (time.time() - self.began) / max(1, step - self.start_step)
+            self.say(
+                f'epoch {epoch:.2f}  step {step}/{self.total_steps}  {text}  '
+                f'ETA {tqdm.format_interval(rate * (self.total_steps - step))}'
+            )
+        else:
+            self.bar.set_description(f'epoch {epoch:.2f}', refresh=False)
+            self.bar.set_postfix_str(text)
+
+    def figure(self, name, figure, step):
+        """A matplotlib figure, to TensorBoard."""
+        if self.enabled:
+            self.board.add_figure(name, figure, step)
+
+    def close(self):
+        if self.enabled:
+            self.bar.close()
+            self.board.close()
+            self.file.close()
+
+
+def read(path):
+    """The entries of a log.jsonl, as dicts; what a kill cut off is left out, and a missing file is empty."""
+    entries = []
+    if os.path.exists(path):
+        with open(path) as file:
+            for line in file:
+                try:
+                    entries.append(json.loads(line))
+                except json.JSONDecodeError:
+                    pass
+    return entries
