@@ -36,7 +36,7 @@ def test_tensorboard_holds_the_curves(pretrain):
     events = EventAccumulator(str(result.output_dir))
     events.Reload()
     tags = events.Tags()
-    assert {'train/loss', 'train/lr', 'train/grad_norm', 'train/val_loss', 'fusion/layer_11'} <= set(tags['scalars'])
+    assert {'train/loss', 'train/lr', 'train/grad_norm', 'val/loss', 'fusion/layer_11'} <= set(tags['scalars'])
     assert tags['images'] == ['reconstruction']
     written = {event.step: event.value for event in events.Scalars('train/loss')}
     assert written == pytest.approx(result.losses)

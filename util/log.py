@@ -69,17 +69,18 @@ class Log:
         self.file.write(json.dumps({'step': step, 'epoch': round(epoch, 4), **values}) + '\n')
         self.file.flush()
         for name, value in values.items():
-            self.board.add_scalar(name if '/' in name else f'train/{name}', value, step)
-        text = '  '.join(f'{name} {value:.4g}' for name, value in values.items() if '/' not in name)
+            tag = name if '/' in name else name.replace('_', '/', 1) if name.startswith('val_') else f'train/{name}'
+            self.board.add_scalar(tag, value, step)
+        shown = {name: f'{value:.4g}' for name, value in values.items() if '/' not in name}
         if self.bar.disable:
             rate = (time.time() - self.began) / max(1, step - self.start_step)
             self.say(
-                f'epoch {epoch:.2f}  step {step}/{self.total_steps}  {text}  '
+                f'epoch {epoch:.2f}  step {step}/{self.total_steps}  {"  ".join(map(" ".join, shown.items()))}  '
                 f'ETA {tqdm.format_interval(rate * (self.total_steps - step))}'
             )
         else:
             self.bar.set_description(f'epoch {epoch:.2f}', refresh=False)
-            self.bar.set_postfix_str(text)
+            self.bar.set_postfix({name: shown[name] for name in ('loss', 'val_loss', 'images_per_s') if name in shown})
 
     def figure(self, name, figure, step):
         """A matplotlib figure, to TensorBoard."""
