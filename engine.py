@@ -2,9 +2,12 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from timm.utils import accuracy
+from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from util import checkpoint, data, distributed, optim
@@ -83,7 +86,7 @@ def make_plan(args, num_images, model):
     return plan
 
 
-def train(plan, model, optimizer, scaler, loss_fn, loader, title='', extra=dict, end_of_epoch=None):
+def train(plan, model, optimizer, scaler, loss_fn, loader, title='', extra=dict, end_of_epoch=None, record=None):
     """Train from plan.start to the end, saving and logging on the way.
 
     Args:
@@ -93,7 +96,9 @@ def train(plan, model, optimizer, scaler, loss_fn, loader, title='', extra=dict,
         loader: data.Loader over plan.batch_keys().
         title: first line of the log.
         extra: () -> {name: number}, logged with the rest.
-        end_of_epoch: called with (epochs done, steps done, log) after each epoch.
+        end_of_epoch: called with (epochs done, steps done, log) after each epoch; if it returns True, the checkpoint
+            is the best so far and also kept as that.
+        record: a dict of numbers and strings that every checkpoint holds, beside the states.
     """
     args = plan.args
     if plan.state:
@@ -104,14 +109,13 @@ def train(plan, model, optimizer, scaler, loss_fn, loader, title='', extra=dict,
     network = distributed.wrap(model, loader.device, args.compile)
     log = Log(args.output_dir, plan.total_steps, plan.start, args, enabled=plan.rank == 0)
     log.say(f'{title}; {plan} on {loader.device.type}')
-    saver = checkpoint.Saver(args, plan.steps_per_epoch, model, optimizer, scaler, enabled=plan.rank == 0)
+    saver = checkpoint.Saver(args, plan.steps_per_epoch, model, optimizer, scaler, record, plan.rank == 0)
     batches = iter(loader)
     for epoch in range(plan.start // plan.steps_per_epoch, args.epochs):
         steps = range(max(plan.start, epoch * plan.steps_per_epoch), (epoch + 1) * plan.steps_per_epoch)
         train_one_epoch(plan, network, batches, loss_fn, optimizer, scaler, steps, log, extra, saver)
-        if end_of_epoch:
-            end_of_epoch(epoch + 1, steps.stop, log)
-        saver.end_of_epoch(steps.stop, last=epoch + 1 == args.epochs)
+        best = end_of_epoch(epoch + 1, steps.stop, log) if end_of_epoch else False
+        saver.end_of_epoch(steps.stop, last=epoch + 1 == args.epochs, best=best)
     log.close()
     distributed.stop()
 
@@ -133,6 +137,9 @@ def train_one_epoch(plan, model, batches, loss_fn, optimizer, scaler, steps, log
             waiting = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - waiting
+            # Whatever the step draws (mixing, drop path) follows from its place in the total batch, not the process.
+            chunk = micro_step * plan.world_size + plan.rank
+            data.seed_generators(args.seed, step, chunk, device=batch[0].device)
             with distributed.no_sync(model, skip=micro_step < plan.accumulation - 1):
                 loss = loss_fn(model, batch) / plan.accumulation
                 scaler.scale(loss).backward()
@@ -169,12 +176,109 @@ def train_one_epoch(plan, model, batches, loss_fn, optimizer, scaler, steps, log
 
 
 @torch.no_grad()
-def evaluate(model, loader, loss_fn):
-    """Mean of loss_fn over all images of all processes, each of which has its own share of them in loader."""
+def evaluate(model, loader, measure):
+    """{name: mean over all images of all processes} of what measure(model, batch) gives as means over a batch.
+
+    Each process has its own share of the images in loader, each image once.
+    """
     model.eval()
-    total = torch.zeros(2, device=loader.device)
+    distributed.share_buffers(model)
+    totals, count = {}, torch.zeros((), device=loader.device)
     for batch in loader:
-        count = len(batch[0])
-        total += torch.stack([loss_fn(model, batch) * count, torch.tensor(count, device=loader.device)])
-    loss_sum, count = distributed.sum_over_processes(total).tolist()
-    return loss_sum / count
+        for name, value in measure(model, batch).items():
+            totals[name] = totals.get(name, 0.0) + value.float() * len(batch[0])
+        count += len(batch[0])
+    sums = distributed.sum_over_processes(torch.stack([count, *totals.values()])).tolist()
+    return {name: value / sums[0] for name, value in zip(totals, sums[1:])}
+
+
+# --- Classification: what fine-tuning and probing share -------------------------------------------------------
+
+
+@dataclass
+class Task:
+    """A classifier, its data and its device, as prepare_classification leaves them."""
+
+    args: object
+    model: torch.nn.Module
+    plan: Plan | None  # None where nothing is trained
+    device: torch.device
+    autocast: Callable
+    scaler: torch.amp.GradScaler
+    train_source: object
+    val_loader: data.Loader
+    classes: list
+    origin: str  # what the weights were, in a line
+
+
+def initial_weights(args, model, whole=False):
+    """Load --init_from, if given, and return a line on what it was. whole: a head has to be in it, not only an encoder.
+
+    Raises:
+        InputError: as checkpoint.load_weights does, or if --eval has nothing to evaluate.
+    """
+    if args.init_from:
+        return checkpoint.load_weights(model, args.init_from, whole)
+    if args.eval:
+        raise InputError('--eval needs the weights to evaluate: --init_from CHECKPOINT')
+    return 'random weights'
+
+
+def prepare_classification(args, model, origin, size, train_source, val_source, only_measure):
+    """The plan, unless weights are only measured, the device, and the validation loader. Raises InputError."""
+    device_name, statistics = distributed.choose_device(args.device), data.pixel_statistics(args)
+    plan = None if only_measure else make_plan(args, len(train_source), model)
+    device = distributed.start(device_name)
+    model.to(device)
+    samples = data.Samples(val_source, data.centre_transform(size, args.crop_pct, data.BICUBIC))
+    keys = data.fixed_batches(len(samples), args.batch_size or 128, *distributed.world())
+    val_loader = data.Loader(samples, keys, device, statistics, args.num_workers)
+    autocast, scaler = distributed.mixed_precision(args.amp, device)
+    return Task(args, model, plan, device, autocast, scaler, train_source, val_loader, val_source.classes, origin)
+
+
+def train_classifier(task, optimizer, loss_fn, transform):
+    """Train, evaluate after each epoch, keep the best checkpoint; the classes' names go into every checkpoint."""
+    args, plan = task.args, task.plan
+    samples = data.Samples(task.train_source, transform, seed=args.seed)
+    statistics = data.pixel_statistics(args)
+    loader = data.Loader(samples, plan.batch_keys(), task.device, statistics, args.num_workers)
+    record = {'classes': list(map(str, task.classes)), 'best_top1': plan.state['best_top1'] if plan.state else -1.0}
+
+    def end_of_epoch(epoch, step, log):
+        metrics = evaluate_classifier(task)
+        log.entry(step, epoch, metrics)
+        best = metrics['val_top1'] > record['best_top1']
+        record['best_top1'] = max(record['best_top1'], metrics['val_top1'])
+        return best
+
+    train(plan, task.model, optimizer, task.scaler, loss_fn, loader, task.origin, dict, end_of_epoch, record)
+    if plan.rank == 0:
+        print(
+            f'Best top-1 {record["best_top1"]:.2f} %. In {args.output_dir}: {checkpoint.LAST}, {checkpoint.BEST}, '
+            f'log.jsonl, TensorBoard events'
+        )
+
+
+def evaluate_classifier(task):
+    """{'val_loss', 'val_top1', 'val_top5'} over the validation images, the accuracies in percent."""
+
+    def measure(model, batch):
+        imgs, labels = batch
+        with task.autocast():
+            logits = model(imgs).float()
+        top1, top5 = accuracy(logits, labels, topk=(1, 5))
+        return {'val_loss': cross_entropy(logits, labels), 'val_top1': top1, 'val_top5': top5}
+
+    return evaluate(task.model, task.val_loader, measure)
+
+
+def report(task):
+    """Evaluate and print one line."""
+    metrics = evaluate_classifier(task)
+    if distributed.world()[0] == 0:
+        print(
+            f'{task.origin}\ntop-1 {metrics["val_top1"]:.2f} %  top-5 {metrics["val_top5"]:.2f} %  '
+            f'loss {metrics["val_loss"]:.4f}  on {len(task.val_loader.batches.dataset)} images'
+        )
+    distributed.stop()

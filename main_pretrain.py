@@ -16,7 +16,7 @@ import torch
 import engine
 from models_mff import MODELS, create_model
 from util import checkpoint, data, distributed, optim
-from util.args import ArgumentParser, InputError, add_common_arguments, number, run
+from util.args import ArgumentParser, InputError, add_common_arguments, as_input_error, number, run
 
 
 def get_parser():
@@ -44,10 +44,8 @@ def main(args):
     # --- Everything that can be wrong, before devices and workers are started ---------------------------------
     device_name = distributed.choose_device(args.device)
     torch.manual_seed(args.seed)
-    try:
+    with as_input_error():
         model = create_model(args.model, args.input_size, args.in_chans, args.fuse_layers, args.norm_pix_loss)
-    except ValueError as error:
-        raise InputError(str(error)) from None
     size, num_patches = model.patch_embed.img_size, model.patch_embed.num_patches
     if not 0 < int(num_patches * (1 - args.mask_ratio)) < num_patches:
         raise InputError(f'--mask_ratio {args.mask_ratio} of {num_patches} patches leaves none visible or none hidden')
@@ -81,7 +79,7 @@ def main(args):
     # --- Train ------------------------------------------------------------------------------------------------
     def end_of_epoch(epoch, step, log):
         if val_source and (epoch % args.eval_every == 0 or epoch == args.epochs):
-            log.entry(step, epoch, {'val_loss': engine.evaluate(model, val_loader, loss_fn)})
+            log.entry(step, epoch, engine.evaluate(model, val_loader, lambda *batch: {'val_loss': loss_fn(*batch)}))
         if plan.rank == 0 and (epoch % args.picture_every == 0 or epoch == args.epochs):
             draw_reconstruction(model, val_samples, statistics, args, log, step)
 

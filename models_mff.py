@@ -25,7 +25,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 from timm.layers import PatchEmbed, build_sincos2d_pos_embed, to_2tuple
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block, VisionTransformer
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -63,8 +63,7 @@ class MaskedAutoencoderMFF(nn.Module):
     ):
         super().__init__()
         img_size, fuse_layers = to_2tuple(img_size), tuple(fuse_layers)
-        if any(side < patch_size or side % patch_size for side in img_size):
-            raise ValueError(f'image size {img_size[0]} x {img_size[1]} is not a multiple of patch size {patch_size}')
+        check_image_size(img_size, patch_size)
         for name, dim, heads in [('', embed_dim, num_heads), ('decoder_', decoder_embed_dim, decoder_num_heads)]:
             if dim % 4 or dim % heads:
                 raise ValueError(
@@ -220,6 +219,12 @@ class MaskedAutoencoderMFF(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_chans, h * p, w * p)
 
 
+def check_image_size(img_size, patch_size):
+    """Raise ValueError if img_size (H, W) is not made of whole patches."""
+    if any(side < patch_size or side % patch_size for side in img_size):
+        raise ValueError(f'image size {img_size[0]} x {img_size[1]} is not a multiple of patch size {patch_size}')
+
+
 # Model sizes. Fused layers: the paper's for ViT-B; the authors' prototype for ViT-S; public use of MFF for
 # depth 24 and 32. The tiny one is ours, for 32-pixel images.
 MODELS = {
@@ -270,3 +275,27 @@ def create_model(name, img_size=None, in_chans=3, fuse_layers=None, norm_pix_los
         norm_pix_loss=norm_pix_loss,
         **{key: value for key, value in given.items() if value is not None},
     )
+
+
+def create_encoder(name, img_size=None, in_chans=3, global_pool='avg', drop_path=0.0):
+    """timm's VisionTransformer of an encoder's size, for downstream work, where the fusion is dropped; without a head.
+
+    Args:
+        name: of MODELS, without 'mff_'.
+        global_pool: 'avg', the mean of the patch tokens, then a LayerNorm of its own (fine-tuning), or 'token', the
+            final LayerNorm, then the cls token (linear probing).
+        drop_path: rate at the last block, growing linearly from 0 at the first.
+
+    Raises:
+        ValueError: for an unknown name, or an image size that is not a multiple of the patch size.
+    """
+    if f'mff_{name}' not in MODELS:
+        raise ValueError(f"no model '{name}'; there are {', '.join(key.removeprefix('mff_') for key in MODELS)}")
+    sizes = {'img_size': 224, 'patch_size': 16, **MODELS[f'mff_{name}'].keywords}
+    sizes = {key: sizes[key] for key in ('img_size', 'patch_size', 'embed_dim', 'depth', 'num_heads')}
+    sizes['img_size'] = to_2tuple(img_size or sizes['img_size'])
+    check_image_size(sizes['img_size'], sizes['patch_size'])
+    return VisionTransformer(
+        **sizes, in_chans=in_chans, num_classes=0, global_pool=global_pool, fc_norm=global_pool == 'avg',
+        drop_path_rate=drop_path,
+    )  # fmt: skip

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torchvision.transforms.v2.functional import to_pil_image
 
+import main_finetune
+import main_linprobe
 import main_pretrain
 from util.args import run
 from util.shapes import Shapes
@@ -44,9 +46,24 @@ def small_run(folder, tmp_path):
 @pytest.fixture
 def pretrain(small_run, tmp_path):
     """pretrain(name, *flags) -> Result of a small run of main_pretrain in this process."""
+    return runner(main_pretrain, small_run, tmp_path)
 
+
+@pytest.fixture
+def finetune(small_run, tmp_path):
+    """finetune(name, *flags) -> Result of a small run of main_finetune in this process."""
+    return runner(main_finetune, small_run, tmp_path, '--model', 'vit_tiny_patch4')
+
+
+@pytest.fixture
+def linprobe(small_run, tmp_path):
+    """linprobe(name, *flags) -> Result of a small run of main_linprobe in this process."""
+    return runner(main_linprobe, small_run, tmp_path, '--model', 'vit_tiny_patch4', '--lr', '0.5')
+
+
+def runner(job, small_run, tmp_path, *defaults):
     def start(name, *flags):
-        run(main_pretrain.main, main_pretrain.get_parser(), small_run(name, *flags))
+        run(job.main, job.get_parser(), small_run(name, *defaults, *flags))
         return Result(tmp_path / name)
 
     return start

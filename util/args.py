@@ -1,12 +1,22 @@
 """Argument files, the flags that every job has, and the one line that a user's mistake gets."""
 
 import argparse
+import contextlib
 import os
 import shlex
 
 
 class InputError(ValueError):
     """A mistake that the user can mend. The mains print it as one line and exit with code 2."""
+
+
+@contextlib.contextmanager
+def as_input_error():
+    """Turn a ValueError within into an InputError: where the values are the user's."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -89,7 +99,6 @@ def add_common_arguments(parser):
     data = parser.add_argument_group('data')
     data.add_argument(
         '--data_path',
-        required=True,
         help='a folder of images, nested or flat, with or without train/ and '
         'val/; a .txt file that lists images; torch/NAME, a torchvision data set; or "shapes", which is drawn',
     )

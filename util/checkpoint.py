@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import tempfile
 import time
 import zipfile
@@ -11,7 +10,7 @@ import torch
 
 from util.args import InputError
 
-LAST, PREVIOUS = 'checkpoint-last.pth', 'checkpoint-previous.pth'
+LAST, PREVIOUS, BEST = 'checkpoint-last.pth', 'checkpoint-previous.pth', 'checkpoint-best.pth'
 
 # Flags that may change when a run goes on: they do not change what is trained.
 FREE_FLAGS = {
@@ -31,19 +30,19 @@ FREE_FLAGS = {
 }
 
 
-def save(state, output_dir):
-    """Write state to output_dir/checkpoint-last.pth; what was there becomes checkpoint-previous.pth.
+def save(state, output_dir, name=LAST):
+    """Write state to output_dir/name; a checkpoint-last.pth that was there becomes checkpoint-previous.pth.
 
     state is whole on disk before it takes the name, so that a kill at any moment leaves a whole checkpoint.
     """
-    last, temporary = os.path.join(output_dir, LAST), os.path.join(output_dir, 'checkpoint-writing.tmp')
+    path, temporary = os.path.join(output_dir, name), os.path.join(output_dir, 'checkpoint-writing.tmp')
     with open(temporary, 'wb') as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    if os.path.exists(last):
-        os.replace(last, os.path.join(output_dir, PREVIOUS))
-    os.replace(temporary, last)
+    if name == LAST and os.path.exists(path):
+        os.replace(path, os.path.join(output_dir, PREVIOUS))
+    os.replace(temporary, path)
 
 
 class Saver:
@@ -52,8 +51,8 @@ class Saver:
     The end of an epoch is passed over while saving would take more than a twentieth of the time since the last one.
     """
 
-    def __init__(self, args, steps_per_epoch, model, optimizer, scaler, enabled=True):
-        self.args, self.steps_per_epoch, self.enabled = args, steps_per_epoch, enabled
+    def __init__(self, args, steps_per_epoch, model, optimizer, scaler, record=None, enabled=True):
+        self.args, self.steps_per_epoch, self.record, self.enabled = args, steps_per_epoch, record or {}, enabled
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.saved_at, self.seconds = time.monotonic(), 0.0
 
@@ -64,18 +63,16 @@ class Saver:
         if self.enabled and due and step % self.steps_per_epoch:
             self.save(step)
 
-    def end_of_epoch(self, step, last):
+    def end_of_epoch(self, step, last, best=False):
         every, unit = self.args.save_every
         epoch = step // self.steps_per_epoch
         keep = self.args.keep_every and epoch % self.args.keep_every == 0
         cheap = time.monotonic() - self.saved_at >= 20 * self.seconds
-        if self.enabled and (last or keep or (unit == 'ep' and epoch % every == 0) or (unit != 'ep' and cheap)):
-            self.save(step)
-            if keep:
-                kept = os.path.join(self.args.output_dir, f'checkpoint-{epoch:04d}.pth')
-                shutil.copyfile(os.path.join(self.args.output_dir, LAST), kept)
+        due = last or keep or best or (epoch % every == 0 if unit == 'ep' else cheap)
+        if self.enabled and due:
+            self.save(step, [f'checkpoint-{epoch:04d}.pth'] * bool(keep) + [BEST] * bool(best))
 
-    def save(self, step):
+    def save(self, step, copies=()):
         began = time.monotonic()
         state = {
             'model': self.model.state_dict(),
@@ -83,11 +80,13 @@ class Saver:
             'scaler': self.scaler.state_dict(),
             'step': step,
             'epoch': step // self.steps_per_epoch,
+            **self.record,
             'args': {name: plain(value) for name, value in vars(self.args).items()},
         }
         if not all(tensor.isfinite().all() for tensor in state['model'].values()):
             raise FloatingPointError(f'the weights are not finite after step {step}')
-        save(state, self.args.output_dir)
+        for name in (*copies, LAST):  # the last one last: until then, a resumed run would write the copies again
+            save(state, self.args.output_dir, name)
         self.saved_at, self.seconds = time.monotonic(), time.monotonic() - began
 
 

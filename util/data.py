@@ -18,6 +18,8 @@ import torch
 import torchvision.datasets
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import InterpolationMode, v2
 
 from util.args import InputError
@@ -28,6 +30,7 @@ try:
 except ImportError:  # deprecated since torchvision 0.29
     decode_jpeg = None
 
+BICUBIC = InterpolationMode.BICUBIC
 EXTENSIONS = (*torchvision.datasets.folder.IMG_EXTENSIONS, '.gif', '.npy')
 SPLITS = {'train': ['train'], 'val': ['val', 'valid', 'validation', 'test']}
 
@@ -88,11 +91,15 @@ def array_to_tensor(array, in_chans):
 
 
 class ImageFiles:
-    """Image files below a folder, given by their names relative to it."""
+    """Image files below a folder, given by their names relative to it, with the name of each one's class or None."""
 
-    def __init__(self, root, names, in_chans):
+    def __init__(self, root, names, in_chans, class_names=None):
         self.root, self.in_chans = root, in_chans
         self.names = np.array([os.fsencode(name) for name in names])  # one buffer, shared with the workers
+        self.classes, self.labels = None, np.full(len(names), -1)
+        if class_names:
+            self.classes, self.labels = np.unique(class_names, return_inverse=True)
+            self.classes = self.classes.tolist()
 
     def __len__(self):
         return len(self.names)
@@ -101,7 +108,7 @@ class ImageFiles:
         return os.path.join(self.root, os.fsdecode(self.names[index]))
 
     def __getitem__(self, index):
-        return read_image(self.path(index), self.in_chans), -1
+        return read_image(self.path(index), self.in_chans), int(self.labels[index])
 
 
 class TorchvisionImages:
@@ -109,6 +116,9 @@ class TorchvisionImages:
 
     def __init__(self, dataset, in_chans):
         self.dataset, self.in_chans = dataset, in_chans
+        self.classes = getattr(dataset, 'classes', None)
+        if not self.classes:  # SVHN, for one, only numbers them
+            self.classes = [str(label) for label in range(1 + max(getattr(dataset, 'labels', [0])))]
 
     def __len__(self):
         return len(self.dataset)
@@ -121,22 +131,64 @@ class TorchvisionImages:
 def open_sources(args, size):
     """(training source, validation source or None) of --data_path and --val_path. Raises InputError."""
     options = args.in_chans, size, args.download_dir
-    train = open_source(args.data_path, 'train', *options)
-    if args.val_path:
-        return train, open_source(args.val_path, 'val', *options) or open_source(args.val_path, 'train', *options)
-    return train, open_source(args.data_path, 'val', *options)
+    return open_source(args.data_path, 'train', *options), open_validation(args, *options)
 
 
-def open_source(path, split, in_chans=3, size=(224, 224), download_dir='data'):
+def open_validation(args, *options):
+    if not args.val_path:
+        return open_source(args.data_path, 'val', *options)
+    return open_source(args.val_path, 'val', *options) or open_source(args.val_path, 'train', *options)
+
+
+def open_labelled_sources(args, size):
+    """(training source, or None with --eval; validation source), whose images have the same classes, two at least.
+
+    With --eval, --data_path may itself be the validation images.
+
+    Raises:
+        InputError: as open_source does, or if there are no validation images, no labels, one class only, or other
+            classes in one than in the other.
+    """
+    options = args.in_chans, size, args.download_dir, True
+    train = None if args.eval else open_source(args.data_path, 'train', *options)
+    val = open_validation(args, *options)
+    if args.eval and val is None:
+        val = open_source(args.data_path, 'train', *options)
+    if val is None:
+        raise InputError(f'{args.data_path} has no val/ or test/ beside its train/; --val_path names validation images')
+    for path, source in ((args.data_path, train), (args.val_path or args.data_path, val)):
+        if source is not None and source.classes is None:
+            raise InputError(f'{path}: labels are missing; a folder a class gives them, or path, tab, class in a list')
+    if len(val.classes) < 2:
+        raise InputError(f'{args.data_path}: only one class, {val.classes[0]}; a classifier needs two at least')
+    if train is not None:
+        check_same_classes(train.classes, val.classes, 'the training images', 'the validation images')
+    return train, val
+
+
+def check_same_classes(ours, theirs, here, there):
+    """Raise InputError that names the classes which only one of the two places has."""
+    only = [
+        f'{", ".join(sorted(map(str, odd))[:5])}{", ..." if len(odd) > 5 else ""} only in {place}'
+        for odd, place in ((set(ours) - set(theirs), here), (set(theirs) - set(ours), there))
+        if odd
+    ]
+    if only or list(ours) != list(theirs):
+        raise InputError(f'the classes differ: {"; ".join(only) or "their order"}')
+
+
+def open_source(path, split, in_chans=3, size=(224, 224), download_dir='data', labelled=False):
     """The images that --data_path (or --val_path) names; None for 'val' where the data has no such split.
 
     Raises:
         InputError: if nothing is there, or nothing in it can be read.
     """
+    if not path:
+        raise InputError('--data_path is required: a folder of images, a list of images, torch/NAME, or shapes')
     if path == 'shapes':
         source = Shapes(split, size)
     elif path.startswith('torch/'):
-        source = open_torchvision(path, split, in_chans, download_dir)
+        source = open_torchvision(path, split, in_chans, download_dir, labelled)
     elif os.path.isdir(path):
         source = open_folder(path, split, in_chans)
     elif os.path.isfile(path):
@@ -163,7 +215,8 @@ def open_folder(path, split, in_chans):
         raise InputError(
             f'{candidates[0]}: no image in it or in the folders below; files that count end in {" ".join(EXTENSIONS)}'
         )
-    return ImageFiles(candidates[0], names, in_chans)
+    in_classes = all(os.sep in name for name in names)
+    return ImageFiles(candidates[0], names, in_chans, [name.split(os.sep)[0] for name in names] if in_classes else None)
 
 
 def find_images(root):
@@ -185,7 +238,10 @@ def find_images(root):
 
 
 def open_list(path, in_chans):
-    """A text file with one image a line, relative to the file's folder or absolute; '#' starts a comment line."""
+    """A text file with an image a line, relative to the file's folder or absolute, and after a tab its class, if any.
+
+    '#' starts a comment line.
+    """
     try:
         with open(path, encoding='utf-8', errors='surrogateescape') as file:
             lines = [line.strip() for line in file]
@@ -194,14 +250,15 @@ def open_list(path, in_chans):
     names = [line for line in lines if line and line[0] != '#']
     if not names or '\0' in names[0]:
         raise InputError(f'{path}: not a text file that lists images, one a line')
-    return ImageFiles(os.path.dirname(path), names, in_chans)
+    names, class_names = zip(*(line.partition('\t')[::2] for line in names))
+    return ImageFiles(os.path.dirname(path), names, in_chans, class_names if all(class_names) else None)
 
 
-def open_torchvision(path, split, in_chans, root):
+def open_torchvision(path, split, in_chans, root, labelled):
     """torch/NAME, as timm spells it: any torchvision.datasets class of (image, label) pairs with splits.
 
-    Where a set has unlabelled images beside the training images (STL-10), 'train' is both. Downloaded to root if
-    it is not there.
+    Where a set has unlabelled images beside the training images (STL-10), 'train' is both unless labels are asked
+    for. Downloaded to root if it is not there.
     """
     known = {name.lower(): name for name in torchvision.datasets.__all__}
     name = known.get(path.removeprefix('torch/').replace('_', '').lower())
@@ -211,7 +268,7 @@ def open_torchvision(path, split, in_chans, root):
             'it has, for instance, torch/cifar10, torch/stl10, torch/flowers102'
         )
     dataset_class = getattr(torchvision.datasets, name)
-    choices = ['train+unlabeled', 'train', 'trainval'] if split == 'train' else SPLITS['val']
+    choices = ['train+unlabeled', 'train', 'trainval'][labelled:] if split == 'train' else SPLITS['val']
     for arguments in [{'split': choice} for choice in choices] + [{'train': split == 'train'}]:
         for download in (False, True):
             try:
@@ -274,32 +331,79 @@ def pretrain_transform(size, crop='simple'):
     if crop == 'simple':
         spatial = [Cover(size), v2.RandomCrop(size, padding=4, padding_mode='reflect')]
     else:
-        spatial = [
-            v2.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True)
-        ]
+        spatial = [v2.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=BICUBIC, antialias=True)]
     return v2.Compose([*spatial, v2.RandomHorizontalFlip()])
 
 
-def centre_transform(size):
-    """uint8 (C, h, w) -> uint8 (C, H, W), nothing random."""
-    return v2.Compose([Cover(size), v2.CenterCrop(size)])
+def centre_transform(size, crop_pct=1.0, interpolation=InterpolationMode.BILINEAR):
+    """uint8 (C, h, w) -> uint8 (C, H, W), nothing random: resize to size / crop_pct, crop the centre."""
+    return v2.Compose([Cover([int(side / crop_pct) for side in size], interpolation), v2.CenterCrop(size)])
+
+
+class ClippedResizedCrop(v2.RandomResizedCrop):
+    """MAE's random resized crop for probing: a box that does not fit is clipped, not drawn anew (its util/crop.py)."""
+
+    def make_params(self, flat_inputs):
+        height, width = v2.functional.get_size(flat_inputs[0])
+        area = height * width * torch.empty(1).uniform_(*self.scale).item()
+        ratio = torch.exp(torch.empty(1).uniform_(*np.log(self.ratio).tolist())).item()
+        h, w = min(round((area / ratio) ** 0.5), height), min(round((area * ratio) ** 0.5), width)
+        top, left = torch.randint(0, height - h + 1, (1,)).item(), torch.randint(0, width - w + 1, (1,)).item()
+        return {'top': top, 'left': left, 'height': h, 'width': w}
+
+
+def finetune_transform(size, statistics, auto_augment, erase_probability):
+    """uint8 (C, h, w) -> uint8 (C, H, W): random resized crop, flip, RandAugment, erasing (MAE's FINETUNE.md)."""
+    steps = [v2.RandomResizedCrop(size, (0.08, 1.0), interpolation=BICUBIC, antialias=True)]
+    steps += [v2.RandomHorizontalFlip()]
+    if auto_augment != 'none':
+        colour = tuple(round(255 * value) for value in statistics[0])
+        options = {
+            'translate_const': int(min(size) * 0.45),
+            'img_mean': colour,
+            'interpolation': Image.Resampling.BICUBIC,
+        }
+        steps += [v2.ToPILImage(), rand_augment_transform(auto_augment, options), v2.PILToTensor()]
+    return v2.Compose([*steps, Erase(erase_probability, statistics)])
+
+
+class Erase:
+    """timm's RandomErasing with normal noise per pixel, on uint8: the noise has the data's mean and deviation."""
+
+    def __init__(self, probability, statistics):
+        self.erase = RandomErasing(probability, mode='pixel', device='cpu')
+        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in statistics)
+
+    def __call__(self, image):
+        erased = self.erase(normalise(image, self.mean, self.std))
+        return ((erased * self.std + self.mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def linprobe_transform(size):
+    """uint8 (C, h, w) -> uint8 (C, H, W): MAE's random resized crop, flip."""
+    crop = ClippedResizedCrop(size, (0.08, 1.0), interpolation=BICUBIC, antialias=True)
+    return v2.Compose([crop, v2.RandomHorizontalFlip()])
 
 
 # --- Samples, and which of them a process sees ----------------------------------------------------------------
 
 
-def seed_sample(seed, epoch, index):
-    """Seed every generator that a transform may draw from: torch's on the CPU, Python's, NumPy's."""
-    words = np.random.SeedSequence((seed, epoch, index)).generate_state(3).tolist()
-    torch.default_generator.manual_seed(words[0])  # torch.manual_seed would also seed each GPU
+def seed_generators(*key, device=None):
+    """Seed every generator that a transform or a step may draw from: torch's (and the device's), Python's, NumPy's."""
+    words = np.random.SeedSequence(key).generate_state(3).tolist()
+    torch.default_generator.manual_seed(words[0])  # torch.manual_seed would seed each GPU, which takes 150 us
+    if device is not None and device.type == 'cuda':
+        torch.cuda.default_generators[device.index or 0].manual_seed(words[0])
+    elif device is not None and device.type == 'mps':
+        torch.mps.manual_seed(words[0])
     random.seed(words[1])
     np.random.seed(words[2])
 
 
 class Samples(torch.utils.data.Dataset):
-    """(epoch, index) -> (transformed image (C, H, W), mask noise (L,) in [0, 1))."""
+    """(epoch, index) -> (transformed image (C, H, W), mask noise (L,) in [0, 1) or, without num_patches, the label)."""
 
-    def __init__(self, source, transform, num_patches, seed=0):
+    def __init__(self, source, transform, num_patches=None, seed=0):
         self.source, self.transform, self.num_patches, self.seed = source, transform, num_patches, seed
 
     def __len__(self):
@@ -307,8 +411,10 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        image, _ = self.source[index]
-        seed_sample(self.seed, epoch, index)
+        image, label = self.source[index]
+        seed_generators(self.seed, epoch, index)
+        if self.num_patches is None:
+            return self.transform(image), label
         noise = torch.rand(self.num_patches)  # first, so that masks are the same for every crop
         return self.transform(image), noise
 
@@ -376,7 +482,7 @@ def default_workers():
 
 
 class Loader:
-    """Batches on the device: (images (N, C, H, W) normalised float, mask noise), loaded ahead by worker processes.
+    """Batches on the device: (images (N, C, H, W) normalised float, noise or labels), loaded ahead by worker processes.
 
     batch_keys: an iterable of lists of (epoch, index). statistics: (mean, std), as pixel_statistics gives them.
     """
@@ -394,9 +500,9 @@ class Loader:
         )
 
     def __iter__(self):
-        for images, noise in self.batches:
-            images, noise = (x.to(self.device, non_blocking=True) for x in (images, noise))
-            yield normalise(images, self.mean, self.std), noise
+        for batch in self.batches:
+            images, other = (x.to(self.device, non_blocking=True) for x in batch)
+            yield normalise(images, self.mean, self.std), other
 
 
 def normalise(images, mean, std):

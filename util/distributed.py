@@ -54,8 +54,9 @@ def wrap(model, device, compiled=False):
         model.compile()  # in place: parameter names stay as they are
     if not dist.is_initialized():
         return model
+    counting = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules())
     return DistributedDataParallel(
-        model, [device] if device.type == 'cuda' else None, broadcast_buffers=False, gradient_as_bucket_view=True
+        model, [device] if device.type == 'cuda' else None, broadcast_buffers=counting, gradient_as_bucket_view=True
     )
 
 
@@ -69,6 +70,13 @@ def sum_over_processes(tensor):
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def share_buffers(model):
+    """Give every process the buffers (BatchNorm's running statistics) of rank 0, which are those that are saved."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def no_sync(model, skip):

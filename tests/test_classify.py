@@ -1,0 +1,292 @@
+"""Fine-tuning and probing: against the reference's tensors, formulas and libraries, and as whole runs."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Result, command
+from timm.models.vision_transformer import VisionTransformer
+from torchvision.transforms import v2
+
+import main_finetune
+import main_linprobe
+from models_mff import create_encoder
+from util import checkpoint, data
+from util.checkpoint import convert_state_dict
+from util.optim import param_groups
+
+
+@pytest.fixture(scope='module')
+def reference():
+    return torch.load(Path(__file__).parent / 'data/cls_tiny.pt', weights_only=True)
+
+
+def tiny_encoder(c, global_pool):
+    return VisionTransformer(
+        img_size=c['img'], patch_size=c['patch'], embed_dim=c['dim'], depth=c['depth'], num_heads=c['heads'],
+        num_classes=0, global_pool=global_pool,
+    )  # fmt: skip
+
+
+# --- Against mmpretrain's tensors and formulas ------------------------------------------------------------------
+
+
+def test_fine_tuning_is_the_reference(reference):
+    """Logits, the learning-rate scale of every parameter, and which do not decay."""
+    expected = reference['finetune']
+    model = tiny_encoder(reference['config'], 'avg')
+    main_finetune.give_head(model, reference['config']['classes'])
+    model.load_state_dict(convert_state_dict(expected['state']))
+    assert torch.allclose(model.eval()(expected['imgs']), expected['logits'], atol=1e-5)
+
+    groups = param_groups(model, 0.05, layer_decay=0.65)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    scales = {names[id(p)]: group['lr_scale'] for group in groups for p in group['params']}
+    undecayed = {names[id(p)] for group in groups if not group['weight_decay'] for p in group['params']}
+    assert scales == pytest.approx(convert_state_dict(expected['lr_scale']), rel=1e-12)
+    assert undecayed == convert_state_dict(dict.fromkeys(expected['no_decay'])).keys()
+    assert sum(len(group['params']) for group in groups) == len(names)
+
+
+def test_linear_probe_is_the_reference(reference):
+    expected = reference['linprobe']
+    model = main_linprobe.LinearProbe(tiny_encoder(reference['config'], 'token'), reference['config']['classes'])
+    state = convert_state_dict(expected['state'])
+    state = {name if name.startswith(('bn.', 'head.')) else f'backbone.{name}': value for name, value in state.items()}
+    model.load_state_dict(state)
+    assert torch.allclose(model.eval()(expected['imgs']), expected['logits'], atol=1e-5)
+
+
+def test_lars_is_the_formula():
+    """You et al. (2017) as MAE uses it: the weight's step is scaled by 0.001 |w| / |g|, the bias's is not."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(5, 3)
+    optimizer = main_linprobe.create_lars(layer, lr=0.7, momentum=0.9)
+    values = {name: p.detach().double().clone() for name, p in layer.named_parameters()}
+    buffers = dict.fromkeys(values, 0.0)
+    for step in range(30):
+        lr = optimizer.param_groups[0]['lr'] = optimizer.param_groups[1]['lr'] = 0.7 * (1 - step / 40)
+        inputs = torch.randn(8, 5)
+        optimizer.zero_grad()
+        layer(inputs).square().mean().backward()
+        for name, p in layer.named_parameters():
+            gradient = p.grad.double()
+            if name == 'weight':
+                gradient = gradient * 0.001 * values[name].norm() / gradient.norm()
+            buffers[name] = 0.9 * buffers[name] + gradient
+            values[name] = values[name] - lr * buffers[name]
+        optimizer.step()
+        for name, p in layer.named_parameters():
+            assert torch.allclose(p.double(), values[name], atol=1e-6), (step, name)
+
+
+def test_head_and_drop_path():
+    model = create_encoder('vit_base_patch16', drop_path=0.1)
+    rates = [getattr(block.drop_path1, 'drop_prob', 0.0) for block in model.blocks]
+    assert rates == pytest.approx([0.1 * i / 11 for i in range(12)])
+    main_finetune.give_head(model, 1000)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(86.57e6, rel=1e-4)
+    assert model.head.weight.std().item() == pytest.approx(2e-5, rel=0.02) and (model.head.bias == 0).all()
+    assert model.head.weight.abs().max() < 2
+
+
+def test_nearest_neighbours_by_hand():
+    rng = np.random.default_rng(0)
+    bank, labels = rng.normal(size=(60, 8)), rng.integers(0, 4, 60)
+    queries = rng.normal(size=(30, 8))
+    expected = []
+    for query in queries:
+        cosine = [query @ row / np.linalg.norm(query) / np.linalg.norm(row) for row in bank]
+        votes = dict.fromkeys(range(4), 0.0)
+        for index in sorted(range(60), key=lambda i: -cosine[i])[:7]:
+            votes[labels[index]] += math.exp(cosine[index] / 0.07)
+        expected.append(max(votes, key=votes.get))
+    tensors = torch.tensor(bank), torch.tensor(labels), torch.tensor(queries)
+    assert main_linprobe.nearest_neighbours(*tensors, 7, 4).tolist() == expected
+
+
+# --- Transforms -------------------------------------------------------------------------------------------------
+
+STATISTICS = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+def test_erasing_is_normal_noise_of_the_data():
+    image = torch.full((3, 64, 64), 77, dtype=torch.uint8)
+    erased = [data.Erase(1.0, STATISTICS)(image) for _ in range(100)]
+    noise = torch.cat([e[:, (e != 77).any(0)] for e in erased], 1).float() / 255
+    shares = [(e != 77).any(0).float().mean().item() for e in erased]
+    assert 0.015 < min(shares) and max(shares) < 0.36
+    assert noise.mean(1).tolist() == pytest.approx(STATISTICS[0], abs=0.01)
+    assert noise.std(1).tolist() == pytest.approx(STATISTICS[1], abs=0.02)  # clipped to 0..255
+    assert torch.equal(data.Erase(0.0, STATISTICS)(image), image)
+
+
+def test_probing_crop_is_clipped_not_drawn_anew():
+    """Area and ratio of the boxes against MAE's rule: a box larger than the image is cut to it."""
+    crop = data.ClippedResizedCrop((8, 8), (0.08, 1.0))
+    torch.manual_seed(0)
+    boxes = [crop.make_params([torch.zeros(3, 100, 30, dtype=torch.uint8)]) for _ in range(4000)]
+    rng = np.random.default_rng(0)
+    area, ratio = 3000 * rng.uniform(0.08, 1, 40000), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3), 40000))
+    heights, widths = np.sqrt(area / ratio).round().clip(max=100), np.sqrt(area * ratio).round().clip(max=30)
+    assert np.mean([box['height'] for box in boxes]) == pytest.approx(heights.mean(), rel=0.02)
+    assert np.mean([box['width'] == 30 for box in boxes]) == pytest.approx((widths == 30).mean(), abs=0.03)
+    assert all(box['top'] + box['height'] <= 100 and box['left'] + box['width'] <= 30 for box in boxes)
+
+
+def test_centre_transform_is_resize_and_crop():
+    image = torch.randint(0, 256, (3, 300, 400), dtype=torch.uint8)
+    theirs = v2.Compose([v2.Resize(256, interpolation=data.BICUBIC), v2.CenterCrop(224)])
+    assert torch.equal(data.centre_transform((224, 224), 0.875, data.BICUBIC)(image), theirs(image))
+
+
+def test_fine_tuning_transform_is_fixed_by_the_seed():
+    source = [(torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8), 3)] * 6
+    transform = data.finetune_transform((32, 32), STATISTICS, 'rand-m9-mstd0.5-inc1', 0.25)
+    samples = data.Samples(source, transform, seed=1)
+    first, again = [samples[0, i][0] for i in range(6)], [samples[0, i][0] for i in reversed(range(6))][::-1]
+    assert all(torch.equal(a, b) for a, b in zip(first, again)) and not torch.equal(first[0], first[1])
+    assert first[0].dtype == torch.uint8 and first[0].shape == (3, 32, 32) and samples[0, 0][1] == 3
+
+
+# --- Whole runs -------------------------------------------------------------------------------------------------
+
+STRONG = '--mixup 0.8 --cutmix 1.0 --drop_path 0.2'.split()
+
+
+def test_fine_tuning_learns_and_keeps_the_best(finetune, folder):
+    flags = '--mixup 0 --cutmix 0 --smoothing 0 --aa none --reprob 0 --epochs 8 --layer_decay 1 --crop_pct 1'
+    result = finetune('run', '--val_path', str(folder / 'train'), *flags.split())
+    top1 = [entry['val_top1'] for entry in result.entries if 'val_top1' in entry]
+    assert len(top1) == 8 and {'val_loss', 'val_top1', 'val_top5'} <= result.entries[-1].keys()
+    losses = list(result.losses.values())
+    assert sum(losses[-4:]) < sum(losses[:4])
+    best = torch.load(result.output_dir / 'checkpoint-best.pth', weights_only=True)
+    assert best['best_top1'] == pytest.approx(max(top1)) and best['classes'][0] == 'bar' and len(best['classes']) == 10
+
+
+@pytest.mark.parametrize('job', ['finetune', 'linprobe'])
+def test_workers_and_interruptions_change_nothing(job, request, monkeypatch):
+    start = request.getfixturevalue(job)
+    flags = STRONG if job == 'finetune' else []
+    whole = start('whole', *flags)
+    assert start('workers', *flags, '--num_workers', '2').losses == whole.losses
+
+    def save_and_die(state, output_dir, name):
+        save(state, output_dir, name)
+        raise InterruptedError
+
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, 'save', save_and_die)
+    with pytest.raises(InterruptedError):
+        start('cut', *flags, '--save_every', '6')
+    monkeypatch.setattr(checkpoint, 'save', save)
+    resumed = start('cut', *flags)
+    assert resumed.losses == whole.losses
+    for name, tensor in whole.checkpoint['model'].items():
+        assert torch.equal(tensor, resumed.checkpoint['model'][name]), name
+
+
+@pytest.mark.parametrize('job', ['finetune', 'linprobe'])
+def test_processes_change_nothing(job, request, small_run, tmp_path, capsys):
+    """Two processes train as one does, and evaluate each of 20 images once (20 is no multiple of 2 x 8)."""
+    defaults = ['--model', 'vit_tiny_patch4', '--batch_size', '8', *(STRONG if job == 'finetune' else ['--lr', '0.5'])]
+    start = request.getfixturevalue(job)
+    alone = start('alone', *defaults)
+    done = command(f'main_{job}.py', *small_run('two', *defaults), torchrun=2)
+    assert done.returncode == 0, done.stderr
+    assert Result(tmp_path / 'two').losses == pytest.approx(alone.losses, rel=1e-5)
+
+    evaluate = ['--eval', '--init_from', str(alone.output_dir / 'checkpoint-last.pth')]
+    capsys.readouterr()
+    start('eval', *defaults, *evaluate)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.endswith('on 20 images') and f'top-1 {alone.entries[-1]["val_top1"]:.2f} %' in line
+    done = command(f'main_{job}.py', *small_run('eval', *defaults, *evaluate), torchrun=2)
+    assert done.stdout.splitlines()[-1] == line, done.stderr
+
+
+def test_probe_trains_the_head_only(linprobe):
+    result = linprobe('run')
+    state = result.checkpoint
+    fresh = linprobe('fresh', '--lr', '0', '--epochs', '1').checkpoint['model']
+    for name, tensor in state['model'].items():
+        if name.startswith('backbone.'):
+            assert torch.equal(tensor, fresh[name]), name
+    assert not torch.equal(state['model']['head.weight'], fresh['head.weight'])
+    assert len(state['optimizer']['state']) == 2  # weight and bias of the head
+
+
+def test_probes_backbone_is_in_eval_mode():
+    model = main_linprobe.LinearProbe(create_encoder('vit_tiny_patch4', global_pool='token', drop_path=0.5), 10).train()
+    imgs = torch.randn(4, 3, 32, 32)
+    assert model.bn.training and not any(module.training for module in model.backbone.modules())
+    assert torch.equal(model.backbone(imgs), model.backbone(imgs))
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ['head.weight', 'head.bias']
+
+
+def test_pretrained_to_everything(pretrain, finetune, linprobe, folder, capsys, tmp_path):
+    """The chain: pre-train, neighbours, probe, fine-tune, evaluate, predict."""
+    weights = pretrain('pretrained', '--epochs', '1').output_dir / 'checkpoint-last.pth'
+    capsys.readouterr()
+    start = ['--init_from', str(weights), '--epochs', '1']
+    main_linprobe_result = linprobe('probe', *start)
+    probe_top1 = main_linprobe_result.entries[-1]['val_top1']
+    finetune('tuned', *start, *STRONG)
+    tuned = tmp_path / 'tuned/checkpoint-last.pth'
+    top1 = Result(tmp_path / 'tuned').entries[-1]['val_top1']
+    capsys.readouterr()
+
+    finetune('none', '--eval', '--init_from', str(tuned))
+    assert f'top-1 {top1:.2f} %' in capsys.readouterr().out
+    linprobe('none', '--eval', '--init_from', str(tmp_path / 'probe/checkpoint-last.pth'))
+    assert f'top-1 {probe_top1:.2f} %' in capsys.readouterr().out
+    linprobe('none', '--knn', '5', '--init_from', str(weights))
+    printed = capsys.readouterr().out
+    assert len(re.findall(r'5-nearest-neighbour top-1 \d+\.\d+ %  by the (?:cls token|mean of patches)', printed)) == 2
+    assert not (tmp_path / 'none').exists()
+
+    images = sorted(map(str, (folder / 'val').rglob('*.png')))[:3]
+    finetune('none', '--predict', *images, '--init_from', str(tuned), '--json')
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{')]
+    assert [line['image'] for line in lines] == images
+    assert all(
+        len(line['classes']) == 5 and 'bar' in Result(tmp_path / 'tuned').checkpoint['classes'] for line in lines
+    )
+
+
+# --- A user's mistakes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'flags, message',
+    [
+        (['--data_path', '{flat}', '--val_path', '{flat}'], 'labels are missing'),
+        (['--data_path', '{one}', '--val_path', '{one}'], 'only one class, bar'),
+        (['--val_path', '{one}'], 'the classes differ: circle, crescent'),
+        (['--data_path', '{one}'], 'no val/ or test/ beside its train/'),
+        (['--model', 'mff_vit_tiny_patch4'], 'no model'),
+        (['--batch_size', '1'], 'must be even'),
+        (['--eval'], '--eval needs the weights'),
+        (['--predict', 'image.png'], '--predict needs a fine-tuned checkpoint'),
+        (['--init_from', 'missing.pth'], 'missing.pth'),
+        (['--aa', 'random'], '--aa'),
+    ],
+)
+def test_a_mistake_gets_one_line_and_code_2(flags, message, finetune, folder, tmp_path, capsys):
+    (tmp_path / 'flat').mkdir()
+    (tmp_path / 'one').mkdir()
+    image = next((folder / 'train/bar').iterdir())
+    (tmp_path / 'flat/1.png').write_bytes(image.read_bytes())
+    (tmp_path / 'one/bar').mkdir()
+    (tmp_path / 'one/bar/1.png').write_bytes(image.read_bytes())
+    places = {'flat': tmp_path / 'flat', 'one': tmp_path / 'one'}
+    with pytest.raises(SystemExit) as exit:
+        finetune('run', *(flag.format(**places) for flag in flags))
+    printed = capsys.readouterr()
+    assert exit.value.code == 2
+    assert message in printed.err and re.fullmatch(r'[^\n]*error: [^\n]+\n', printed.err), printed.err
