@@ -10,7 +10,7 @@ from timm.utils import accuracy
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from util import checkpoint, data, distributed, optim
+from util import checkpoint, data, distributed, optim, transforms
 from util.args import InputError
 from util.log import Log
 
@@ -226,11 +226,11 @@ def initial_weights(args, model, whole=False):
 
 def prepare_classification(args, model, origin, size, train_source, val_source, only_measure):
     """The plan, unless weights are only measured, the device, and the validation loader. Raises InputError."""
-    device_name, statistics = distributed.choose_device(args.device), data.pixel_statistics(args)
+    device_name, statistics = distributed.choose_device(args.device), transforms.pixel_statistics(args)
     plan = None if only_measure else make_plan(args, len(train_source), model)
     device = distributed.start(device_name)
     model.to(device)
-    samples = data.Samples(val_source, data.centre_transform(size, args.crop_pct, data.BICUBIC))
+    samples = data.Samples(val_source, transforms.centre_transform(size, args.crop_pct, transforms.BICUBIC))
     keys = data.fixed_batches(len(samples), args.batch_size or 128, *distributed.world())
     val_loader = data.Loader(samples, keys, device, statistics, args.num_workers)
     autocast, scaler = distributed.mixed_precision(args.amp, device)
@@ -241,7 +241,7 @@ def train_classifier(task, optimizer, loss_fn, transform):
     """Train, evaluate after each epoch, keep the best checkpoint; the classes' names go into every checkpoint."""
     args, plan = task.args, task.plan
     samples = data.Samples(task.train_source, transform, seed=args.seed)
-    statistics = data.pixel_statistics(args)
+    statistics = transforms.pixel_statistics(args)
     loader = data.Loader(samples, plan.batch_keys(), task.device, statistics, args.num_workers)
     record = {'classes': list(map(str, task.classes)), 'best_top1': plan.state['best_top1'] if plan.state else -1.0}
 

@@ -17,7 +17,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 import engine
 from models_mff import MODELS, create_encoder
-from util import checkpoint, data, distributed, optim
+from util import checkpoint, data, distributed, optim, transforms
 from util.args import ArgumentParser, InputError, add_common_arguments, as_input_error, number, run
 
 
@@ -76,7 +76,7 @@ def main(args):
             logits = model(imgs)
         return criterion(logits.float(), labels)
 
-    transform = data.finetune_transform(size, data.pixel_statistics(args), args.aa, args.reprob)
+    transform = transforms.finetune_transform(size, transforms.pixel_statistics(args), args.aa, args.reprob)
     engine.train_classifier(task, optimizer, loss_fn, transform)
 
 
@@ -101,14 +101,14 @@ def predict(args):
     checkpoint.load_weights(model, args.init_from, whole=True)
     device = distributed.start(distributed.choose_device(args.device))
     model.to(device).eval()
-    transform = data.centre_transform(model.patch_embed.img_size, flags.crop_pct, data.BICUBIC)
-    statistics = data.pixel_statistics(flags)
+    transform = transforms.centre_transform(model.patch_embed.img_size, flags.crop_pct, transforms.BICUBIC)
+    statistics = transforms.pixel_statistics(flags)
     for path in args.predict:
         try:
-            image = transform(data.read_image(path, flags.in_chans))
+            image = transform(transforms.read_image(path, flags.in_chans))
         except (OSError, ValueError) as error:
             raise InputError(f'{path}: cannot be read ({error})') from None
-        imgs = data.normalise(image[None].to(device), *statistics)
+        imgs = transforms.normalise(image[None].to(device), *statistics)
         probabilities, indices = model(imgs)[0].softmax(0).topk(min(5, len(classes)))
         top = {classes[index]: round(p, 4) for p, index in zip(probabilities.tolist(), indices.tolist())}
         print(json.dumps({'image': path, 'classes': top}) if args.json else

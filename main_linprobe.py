@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import engine
 from models_mff import MODELS, create_encoder
-from util import checkpoint, data, distributed
+from util import checkpoint, data, distributed, transforms
 from util.args import ArgumentParser, InputError, add_common_arguments, as_input_error, number, run
 
 
@@ -85,7 +85,7 @@ def main(args):
             logits = model(imgs)
         return F.cross_entropy(logits.float(), labels)
 
-    engine.train_classifier(task, optimizer, loss_fn, data.linprobe_transform(size))
+    engine.train_classifier(task, optimizer, loss_fn, transforms.linprobe_transform(size))
 
 
 def create_lars(head, lr, momentum, weight_decay=0.0):
@@ -113,9 +113,9 @@ def report_neighbours(task, size):
     if distributed.world()[1] > 1:
         raise InputError('--knn runs in one process; start it without torchrun')
     args, device = task.args, task.device
-    samples = data.Samples(task.train_source, data.centre_transform(size, args.crop_pct, data.BICUBIC))
+    samples = data.Samples(task.train_source, transforms.centre_transform(size, args.crop_pct, transforms.BICUBIC))
     keys = data.fixed_batches(len(samples), args.batch_size or 128)
-    bank_loader = data.Loader(samples, keys, device, data.pixel_statistics(args), args.num_workers)
+    bank_loader = data.Loader(samples, keys, device, transforms.pixel_statistics(args), args.num_workers)
     bank, bank_labels = extract_features(task, bank_loader, 'training images')
     queries, labels = extract_features(task, task.val_loader, 'validation images')
     for name in bank:

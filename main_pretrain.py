@@ -15,7 +15,7 @@ import torch
 
 import engine
 from models_mff import MODELS, create_model
-from util import checkpoint, data, distributed, optim
+from util import checkpoint, data, distributed, optim, transforms
 from util.args import ArgumentParser, InputError, add_common_arguments, as_input_error, number, run
 
 
@@ -49,7 +49,7 @@ def main(args):
     size, num_patches = model.patch_embed.img_size, model.patch_embed.num_patches
     if not 0 < int(num_patches * (1 - args.mask_ratio)) < num_patches:
         raise InputError(f'--mask_ratio {args.mask_ratio} of {num_patches} patches leaves none visible or none hidden')
-    statistics = data.pixel_statistics(args)
+    statistics = transforms.pixel_statistics(args)
     train_source, val_source = data.open_sources(args, size)
     plan = engine.make_plan(args, len(train_source), model)
 
@@ -70,9 +70,11 @@ def main(args):
         return {f'fusion/layer_{layer:02d}': weight for layer, weight in zip(model.fuse_layers, weights)}
 
     # --- Data -------------------------------------------------------------------------------------------------
-    samples = data.Samples(train_source, data.pretrain_transform(size, args.crop), num_patches, args.seed)
+    samples = data.Samples(train_source, transforms.pretrain_transform(size, args.crop), num_patches, args.seed)
     loader = data.Loader(samples, plan.batch_keys(), device, statistics, args.num_workers)
-    val_samples = data.Samples(val_source or train_source, data.centre_transform(size), num_patches)  # fixed masks
+    val_samples = data.Samples(
+        val_source or train_source, transforms.centre_transform(size), num_patches
+    )  # fixed masks
     val_keys = data.fixed_batches(len(val_samples), plan.batch_size, plan.rank, plan.world_size)
     val_loader = data.Loader(val_samples, val_keys, device, statistics, args.num_workers)
 
@@ -104,7 +106,7 @@ def draw_reconstruction(model, samples, statistics, args, log, step, count=8):
 
     keys = [(0, i * len(samples) // count) for i in range(min(count, len(samples)))]
     images, noise = torch.utils.data.default_collate([samples[key] for key in keys])
-    imgs, noise = (x.to(model.pos_embed.device) for x in (data.normalise(images, *statistics), noise))
+    imgs, noise = (x.to(model.pos_embed.device) for x in (transforms.normalise(images, *statistics), noise))
     figure = reconstruction_figure(model, imgs, statistics, args.mask_ratio, noise)
     figure.savefig(os.path.join(args.output_dir, 'reconstruction.png'))
     log.figure('reconstruction', figure, step)

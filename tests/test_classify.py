@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 import main_finetune
 import main_linprobe
 from models_mff import create_encoder
-from util import checkpoint, data
+from util import checkpoint, data, transforms
 from util.checkpoint import convert_state_dict
 from util.optim import param_groups
 
@@ -116,18 +116,18 @@ STATISTICS = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 def test_erasing_is_normal_noise_of_the_data():
     image = torch.full((3, 64, 64), 77, dtype=torch.uint8)
-    erased = [data.Erase(1.0, STATISTICS)(image) for _ in range(100)]
+    erased = [transforms.Erase(1.0, STATISTICS)(image) for _ in range(100)]
     noise = torch.cat([e[:, (e != 77).any(0)] for e in erased], 1).float() / 255
     shares = [(e != 77).any(0).float().mean().item() for e in erased]
     assert 0.015 < min(shares) and max(shares) < 0.36
     assert noise.mean(1).tolist() == pytest.approx(STATISTICS[0], abs=0.01)
     assert noise.std(1).tolist() == pytest.approx(STATISTICS[1], abs=0.02)  # clipped to 0..255
-    assert torch.equal(data.Erase(0.0, STATISTICS)(image), image)
+    assert torch.equal(transforms.Erase(0.0, STATISTICS)(image), image)
 
 
 def test_probing_crop_is_clipped_not_drawn_anew():
     """Area and ratio of the boxes against MAE's rule: a box larger than the image is cut to it."""
-    crop = data.ClippedResizedCrop((8, 8), (0.08, 1.0))
+    crop = transforms.ClippedResizedCrop((8, 8), (0.08, 1.0))
     torch.manual_seed(0)
     boxes = [crop.make_params([torch.zeros(3, 100, 30, dtype=torch.uint8)]) for _ in range(4000)]
     rng = np.random.default_rng(0)
@@ -140,13 +140,13 @@ def test_probing_crop_is_clipped_not_drawn_anew():
 
 def test_centre_transform_is_resize_and_crop():
     image = torch.randint(0, 256, (3, 300, 400), dtype=torch.uint8)
-    theirs = v2.Compose([v2.Resize(256, interpolation=data.BICUBIC), v2.CenterCrop(224)])
-    assert torch.equal(data.centre_transform((224, 224), 0.875, data.BICUBIC)(image), theirs(image))
+    theirs = v2.Compose([v2.Resize(256, interpolation=transforms.BICUBIC), v2.CenterCrop(224)])
+    assert torch.equal(transforms.centre_transform((224, 224), 0.875, transforms.BICUBIC)(image), theirs(image))
 
 
 def test_fine_tuning_transform_is_fixed_by_the_seed():
     source = [(torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8), 3)] * 6
-    transform = data.finetune_transform((32, 32), STATISTICS, 'rand-m9-mstd0.5-inc1', 0.25)
+    transform = transforms.finetune_transform((32, 32), STATISTICS, 'rand-m9-mstd0.5-inc1', 0.25)
     samples = data.Samples(source, transform, seed=1)
     first, again = [samples[0, i][0] for i in range(6)], [samples[0, i][0] for i in reversed(range(6))][::-1]
     assert all(torch.equal(a, b) for a, b in zip(first, again)) and not torch.equal(first[0], first[1])

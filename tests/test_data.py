@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from util import data
+from util import data, transforms
 from util.args import InputError
 from util.shapes import Shapes
 
@@ -31,7 +31,7 @@ def picture():
 def test_rgb_files(picture, tmp_path, suffix):
     path = tmp_path / f'image.{suffix}'
     Image.fromarray(picture).save(path)
-    image = data.read_image(str(path))
+    image = transforms.read_image(str(path))
     assert image.dtype == torch.uint8
     assert torch.equal(image, torch.from_numpy(np.array(Image.open(path).convert('RGB'))).permute(2, 0, 1))
 
@@ -42,26 +42,26 @@ def test_modes_become_rgb(picture, tmp_path, mode):
     Image.fromarray(picture).convert('RGB').convert(mode).save(
         path, **({'quality': 100} if path.suffix == '.jpg' else {})
     )
-    image = data.read_image(str(path)).permute(1, 2, 0).numpy().astype(int)
+    image = transforms.read_image(str(path)).permute(1, 2, 0).numpy().astype(int)
     shown = np.array(Image.open(path).convert('RGB')).astype(int)
     assert abs(image - shown).max() <= 1
-    assert data.read_image(str(path), in_chans=1).shape == (1, 30, 40)
+    assert transforms.read_image(str(path), in_chans=1).shape == (1, 30, 40)
 
 
 @pytest.mark.parametrize('suffix', ['png', 'tif'])
 def test_16_bits_keep_their_brightness(tmp_path, suffix):
     pixels = np.linspace(0, 65535, 30 * 40).reshape(30, 40).astype(np.uint16)
     Image.fromarray(pixels).save(tmp_path / f'image.{suffix}')
-    image = data.read_image(str(tmp_path / f'image.{suffix}'))
+    image = transforms.read_image(str(tmp_path / f'image.{suffix}'))
     assert image.shape == (3, 30, 40)
     assert np.abs(image[0].numpy() - pixels / 257).max() <= 0.5
 
 
 def test_jpeg_decoders_agree(picture, tmp_path, monkeypatch):
     Image.fromarray(picture).save(tmp_path / 'image.jpg')
-    fast = data.read_image(str(tmp_path / 'image.jpg'))
-    monkeypatch.setattr(data, 'decode_jpeg', None)
-    assert torch.equal(fast, data.read_image(str(tmp_path / 'image.jpg')))
+    fast = transforms.read_image(str(tmp_path / 'image.jpg'))
+    monkeypatch.setattr(transforms, 'decode_jpeg', None)
+    assert torch.equal(fast, transforms.read_image(str(tmp_path / 'image.jpg')))
 
 
 @pytest.mark.parametrize('suffix', ['jpg', 'png'])
@@ -70,7 +70,7 @@ def test_exif_orientation(picture, tmp_path, suffix):
     exif[0x0112] = 6  # the camera was turned: show rotated by 270 degrees
     Image.fromarray(picture).save(tmp_path / f'image.{suffix}', exif=exif)
     upright = Image.open(tmp_path / f'image.{suffix}').convert('RGB').transpose(Image.Transpose.ROTATE_270)
-    image = data.read_image(str(tmp_path / f'image.{suffix}'))
+    image = transforms.read_image(str(tmp_path / f'image.{suffix}'))
     assert torch.equal(image, v2.functional.pil_to_tensor(upright))
 
 
@@ -78,11 +78,11 @@ def test_exif_orientation(picture, tmp_path, suffix):
 def test_arrays_of_other_channel_counts(tmp_path, dtype, scale):
     array = (np.random.default_rng(0).uniform(0, 1, (9, 7, 5)) * (255 if dtype == np.uint8 else scale)).astype(dtype)
     np.save(tmp_path / 'image.npy', array)
-    image = data.read_image(str(tmp_path / 'image.npy'), in_chans=5)
+    image = transforms.read_image(str(tmp_path / 'image.npy'), in_chans=5)
     assert image.dtype == (torch.uint8 if dtype == np.uint8 else torch.float32)
     assert np.allclose(image.permute(1, 2, 0).numpy(), array / scale)
     with pytest.raises(ValueError, match=r'\(9, 7, 5\) is not \(H, W, 3\)'):
-        data.read_image(str(tmp_path / 'image.npy'))
+        transforms.read_image(str(tmp_path / 'image.npy'))
 
 
 @pytest.mark.parametrize('content', [b'', b'text', b'\xff\xd8\xff\xe0 cut off', b'\x89PNG\r\n\x1a\n cut off'])
@@ -90,7 +90,7 @@ def test_broken_files_raise_one_kind_of_error(tmp_path, content):
     for suffix in ('jpg', 'png', 'npy'):
         (tmp_path / f'image.{suffix}').write_bytes(content)
         with pytest.raises((OSError, ValueError)):
-            data.read_image(str(tmp_path / f'image.{suffix}'))
+            transforms.read_image(str(tmp_path / f'image.{suffix}'))
 
 
 # --- Sources ----------------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def test_drawn_images_are_fixed_by_their_index():
 def test_simple_crop_is_torchvisions(shape):
     """The reference's pipeline: Resize(side), RandomCrop(side, padding 4, reflect), RandomHorizontalFlip()."""
     image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
-    ours = data.pretrain_transform((32, 32), 'simple')
+    ours = transforms.pretrain_transform((32, 32), 'simple')
     theirs = v2.Compose(
         [v2.Resize(32), v2.RandomCrop(32, padding=4, padding_mode='reflect'), v2.RandomHorizontalFlip()]
     )
@@ -218,7 +218,7 @@ def test_simple_crop_is_torchvisions(shape):
 @pytest.mark.parametrize('shape', [(7, 300), (300, 7), (64, 48), (1, 1)])
 def test_rectangles_are_covered(crop, shape):
     image = torch.full((3, *shape), 200, dtype=torch.uint8)
-    for transform in (data.pretrain_transform((24, 40), crop), data.centre_transform((24, 40))):
+    for transform in (transforms.pretrain_transform((24, 40), crop), transforms.centre_transform((24, 40))):
         result = transform(image)
         assert result.shape == (3, 24, 40) and (result == 200).all()
 
@@ -227,7 +227,7 @@ def test_normalise():
     images = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
     expected = v2.Normalize(mean, std)(images.double() / 255)
-    assert torch.allclose(data.normalise(images, mean, std).double(), expected, atol=1e-6)
+    assert torch.allclose(transforms.normalise(images, mean, std).double(), expected, atol=1e-6)
 
 
 # --- Which samples, in which order ------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def test_fixed_batches_hold_every_sample_once():
 
 def test_samples_depend_on_seed_epoch_and_index_only():
     source = Shapes('train', (20, 20))
-    transform = data.pretrain_transform((16, 16), 'rrc')
+    transform = transforms.pretrain_transform((16, 16), 'rrc')
     samples = data.Samples(source, transform, num_patches=16, seed=1)
     keys = [(epoch, index) for epoch in range(2) for index in range(5)]
     forward, backward = [samples[key] for key in keys], [samples[key] for key in reversed(keys)][::-1]
@@ -284,7 +284,7 @@ def test_samples_depend_on_seed_epoch_and_index_only():
 
 def test_loader_gives_normalised_batches():
     source = Shapes('val', (16, 16))
-    samples = data.Samples(source, data.centre_transform((16, 16)), num_patches=4)
+    samples = data.Samples(source, transforms.centre_transform((16, 16)), num_patches=4)
     statistics = ([0.5] * 3, [0.25] * 3)
     for num_workers in (0, 2):
         loader = data.Loader(samples, data.fixed_batches(5, 2), torch.device('cpu'), statistics, num_workers)

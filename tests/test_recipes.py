@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+import main_finetune
+import main_linprobe
 import main_pretrain
-from models_mff import create_model
+from models_mff import create_encoder, create_model
 
 RECIPES = Path(__file__).parent.parent / 'recipes'
 
@@ -49,3 +51,46 @@ def test_every_recipe_is_of_a_model(path):
     model = create_model(args.model, args.input_size, args.in_chans, args.fuse_layers, args.norm_pix_loss)
     assert args.output_dir == f'output/{path.stem}'
     assert args.fuse_layers is None or model.fuse_layers == create_model(args.model).fuse_layers
+
+
+# --- Downstream: mmpretrain configs/mff/benchmarks --------------------------------------------------------------
+
+
+def read_downstream(job, name):
+    return job.get_parser().parse_args([f'@{RECIPES / name}'])
+
+
+def test_vit_base_finetune_is_the_published_recipe():
+    args = read_downstream(main_finetune, 'vit_base_finetune.txt')
+    assert args.model == 'vit_base_patch16' and args.input_size == [224, 224] and args.crop_pct == 224 / 256
+    assert args.total_batch_size == 1024 and args.lr is None
+    assert args.blr * args.total_batch_size / 256 == pytest.approx(2e-3)
+    assert args.betas == [0.9, 0.999] and args.weight_decay == 0.05 and args.layer_decay == 0.65
+    assert (args.epochs, args.warmup_epochs, args.min_lr) == (100, 5, 1e-6)
+    assert args.drop_path == 0.1 and args.aa == 'rand-m9-mstd0.5-inc1' and args.reprob == 0.25
+    assert (args.mixup, args.cutmix, args.smoothing) == (0.8, 1.0, 0.1)
+
+
+def test_vit_base_linprobe_is_the_published_recipe():
+    args = read_downstream(main_linprobe, 'vit_base_linprobe.txt')
+    assert args.model == 'vit_base_patch16' and args.input_size == [224, 224] and args.crop_pct == 224 / 256
+    assert args.total_batch_size == 16384 and args.lr is None
+    assert args.blr * args.total_batch_size / 256 == pytest.approx(6.4)
+    assert args.momentum == 0.9 and args.weight_decay == 0
+    assert (args.epochs, args.warmup_epochs, args.min_lr) == (90, 10, 0)
+
+
+@pytest.mark.parametrize('job', ['finetune', 'linprobe'])
+def test_every_downstream_recipe_follows_vit_base(job):
+    main = {'finetune': main_finetune, 'linprobe': main_linprobe}[job]
+    base = vars(read_downstream(main, f'vit_base_{job}.txt'))
+    free = {'model', 'output_dir', 'batch_size'}
+    for path in sorted(RECIPES.glob(f'*_{job}.txt')):
+        args = vars(read_downstream(main, path.name))
+        assert args['output_dir'] == f'output/{path.stem}'
+        create_encoder(args['model'], args['input_size'])
+        changed = {name for name in args if args[name] != base[name]} - free
+        if path.stem.startswith('vit_') or path.stem == 'one_gpu_finetune':
+            assert not changed, path
+        elif path.stem == 'one_gpu_linprobe':
+            assert changed == {'total_batch_size'}

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 from models_mff import create_model
-from util import checkpoint, data, log
+from util import checkpoint, log, transforms
 from util.args import ArgumentParser, InputError, number, run
 
 
@@ -111,15 +111,15 @@ def main(args):
         figure = curves_figure(args.output_dirs)
     else:
         model, flags = load_model(args.checkpoint)
-        statistics = data.pixel_statistics(flags)
-        transform = data.centre_transform(model.patch_embed.img_size)
+        statistics = transforms.pixel_statistics(flags)
+        transform = transforms.centre_transform(model.patch_embed.img_size)
         images = []
         for path in args.images:
             try:
-                images.append(transform(data.read_image(path, flags.in_chans)))
+                images.append(transform(transforms.read_image(path, flags.in_chans)))
             except (OSError, ValueError) as error:
                 raise InputError(f'{path}: cannot be read ({error})') from None
-        imgs = data.normalise(torch.stack(images), *statistics)
+        imgs = transforms.normalise(torch.stack(images), *statistics)
         noise = torch.rand(len(imgs), model.patch_embed.num_patches, generator=torch.Generator().manual_seed(args.seed))
         figure = reconstruction_figure(model, imgs, statistics, args.mask_ratio or flags.mask_ratio, noise)
     figure.savefig(args.out)
