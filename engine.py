@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from timm.utils import accuracy
@@ -17,7 +17,7 @@ from util.log import Log
 
 @dataclass
 class Plan:
-    """What flags, data and processes come to, known before anything is started."""
+    """What flags, data and processes come to."""
 
     args: object
     num_images: int
@@ -31,6 +31,7 @@ class Plan:
     lr: float  # at its peak
     start: int = 0  # optimiser steps already done
     state: dict | None = None  # the checkpoint to go on from
+    record: dict = field(default_factory=dict)  # numbers and strings that every checkpoint holds beside the states
 
     def lr_at(self, step, lr_scale=1.0):
         return optim.learning_rate(step, self.total_steps, self.warmup_steps, self.lr * lr_scale, self.args.min_lr)
@@ -59,34 +60,34 @@ class Plan:
 def make_plan(args, num_images, model):
     """Derive the plan, create --output_dir, and find the checkpoint to go on from. Raises InputError."""
     rank, world_size = distributed.world()
-    batch_size, accumulation = data.split_batch(args.total_batch_size, args.batch_size, world_size)
     steps_per_epoch = num_images // args.total_batch_size
     if not steps_per_epoch:
         raise InputError(
             f'{args.data_path} has {num_images} images, too few for one step of --total_batch_size '
             f'{args.total_batch_size}; choose one of at most {num_images}'
         )
+    batch_size, accumulation = data.split_batch(args.total_batch_size, args.batch_size, world_size)
+    if args.warmup_epochs > args.epochs:
+        raise InputError(f'--warmup_epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}')
+    lr = args.blr * args.total_batch_size / 256 if args.lr is None else args.lr
+    if args.min_lr > lr:
+        raise InputError(f'--min_lr {args.min_lr:g} is more than the learning rate, {lr:g}')
+    total_steps, warmup_steps = args.epochs * steps_per_epoch, int(args.warmup_epochs * steps_per_epoch)
     plan = Plan(
-        args,
-        num_images,
-        rank,
-        world_size,
-        batch_size,
-        accumulation,
-        steps_per_epoch,
-        total_steps=args.epochs * steps_per_epoch,
-        warmup_steps=int(args.warmup_epochs * steps_per_epoch),
-        lr=args.blr * args.total_batch_size / 256 if args.lr is None else args.lr,
+        args, num_images, rank, world_size, batch_size, accumulation, steps_per_epoch, total_steps, warmup_steps, lr
     )
+    plan.record['num_images'] = num_images
     checkpoint.make_output_dir(args.output_dir)
     plan.state = checkpoint.find(args.resume, args.output_dir)
-    if plan.state:
-        checkpoint.check_same_run(plan.state, args, model)
+    if plan.state is not None:
+        checkpoint.check_same_run(plan.state, args, model, num_images)
         plan.start = plan.state['step']
+    if plan.start > plan.total_steps:
+        raise InputError(f'the checkpoint is of step {plan.start}, after the last of this run, {plan.total_steps}')
     return plan
 
 
-def train(plan, model, optimizer, scaler, loss_fn, loader, title='', extra=dict, end_of_epoch=None, record=None):
+def train(plan, model, optimizer, scaler, loss_fn, loader, title, end_of_epoch, extra=None):
     """Train from plan.start to the end, saving and logging on the way.
 
     Args:
@@ -95,32 +96,38 @@ def train(plan, model, optimizer, scaler, loss_fn, loader, title='', extra=dict,
         loss_fn: (model, batch of loader) -> scalar, the mean over the batch.
         loader: data.Loader over plan.batch_keys().
         title: first line of the log.
+        end_of_epoch: called with (epochs done, steps done, log) after each epoch, and once more where a run goes on
+            from there; if it returns True, the checkpoint is the best so far and also kept as that.
         extra: () -> {name: number}, logged with the rest.
-        end_of_epoch: called with (epochs done, steps done, log) after each epoch; if it returns True, the checkpoint
-            is the best so far and also kept as that.
-        record: a dict of numbers and strings that every checkpoint holds, beside the states.
     """
     args = plan.args
-    if plan.state:
-        model.load_state_dict(plan.state['model'])
-        optimizer.load_state_dict(plan.state['optimizer'])
-        scaler.load_state_dict(plan.state['scaler'])
+    distributed.check_equal(plan.start, 'the step of the checkpoint to go on from; is --output_dir shared?')
+    distributed.check_equal(plan.num_images, 'the number of images')
+    if plan.state is not None:
+        checkpoint.restore(plan.state, model, optimizer, scaler)
         plan.state = None
     network = distributed.wrap(model, loader.device, args.compile)
     log = Log(args.output_dir, plan.total_steps, plan.start, args, enabled=plan.rank == 0)
     log.say(f'{title}; {plan} on {loader.device.type}')
-    saver = checkpoint.Saver(args, plan.steps_per_epoch, model, optimizer, scaler, record, plan.rank == 0)
+    saver = checkpoint.Saver(args, plan.steps_per_epoch, model, optimizer, scaler, plan.record, plan.rank == 0)
+
+    def close_epoch(step):
+        if end_of_epoch(step // plan.steps_per_epoch, step, log):
+            saver.save(step, best=True)
+
+    if plan.start and plan.start % plan.steps_per_epoch == 0:  # it may have been cut off in there
+        close_epoch(plan.start)
     batches = iter(loader)
     for epoch in range(plan.start // plan.steps_per_epoch, args.epochs):
         steps = range(max(plan.start, epoch * plan.steps_per_epoch), (epoch + 1) * plan.steps_per_epoch)
         train_one_epoch(plan, network, batches, loss_fn, optimizer, scaler, steps, log, extra, saver)
-        best = end_of_epoch(epoch + 1, steps.stop, log) if end_of_epoch else False
-        saver.end_of_epoch(steps.stop, last=epoch + 1 == args.epochs, best=best)
+        saver.end_of_epoch(steps.stop, last=epoch + 1 == args.epochs)
+        close_epoch(steps.stop)
     log.close()
     distributed.stop()
 
 
-def train_one_epoch(plan, model, batches, loss_fn, optimizer, scaler, steps, log, extra=dict, after_step=None):
+def train_one_epoch(plan, model, batches, loss_fn, optimizer, scaler, steps, log, extra=None, after_step=None):
     """Run the optimiser steps `steps`, a range counted from the start of training. Arguments as for train.
 
     Raises:
@@ -169,7 +176,7 @@ def train_one_epoch(plan, model, batches, loss_fn, optimizer, scaler, steps, log
             }
             if scaler.is_enabled():
                 values['loss_scale'] = scaler.get_scale()
-            log.entry(step + 1, (step + 1) / plan.steps_per_epoch, values | extra())
+            log.entry(step + 1, (step + 1) / plan.steps_per_epoch, values | (extra() if extra else {}))
             loss_sum, logged, waited, began = 0.0, step + 1, 0.0, time.perf_counter()
         if after_step:
             after_step(step + 1)
@@ -243,19 +250,20 @@ def train_classifier(task, optimizer, loss_fn, transform):
     samples = data.Samples(task.train_source, transform, seed=args.seed)
     statistics = transforms.pixel_statistics(args)
     loader = data.Loader(samples, plan.batch_keys(), task.device, statistics, args.num_workers)
-    record = {'classes': list(map(str, task.classes)), 'best_top1': plan.state['best_top1'] if plan.state else -1.0}
+    plan.record['classes'] = list(map(str, task.classes))
+    plan.record['best_top1'] = plan.state['best_top1'] if plan.state else -1.0
 
     def end_of_epoch(epoch, step, log):
         metrics = evaluate_classifier(task)
         log.entry(step, epoch, metrics)
-        best = metrics['val_top1'] > record['best_top1']
-        record['best_top1'] = max(record['best_top1'], metrics['val_top1'])
+        best = metrics['val_top1'] > plan.record['best_top1']
+        plan.record['best_top1'] = max(plan.record['best_top1'], metrics['val_top1'])
         return best
 
-    train(plan, task.model, optimizer, task.scaler, loss_fn, loader, task.origin, dict, end_of_epoch, record)
+    train(plan, task.model, optimizer, task.scaler, loss_fn, loader, task.origin, end_of_epoch)
     if plan.rank == 0:
         print(
-            f'Best top-1 {record["best_top1"]:.2f} %. In {args.output_dir}: {checkpoint.LAST}, {checkpoint.BEST}, '
+            f'Best top-1 {plan.record["best_top1"]:.2f} %. In {args.output_dir}: {checkpoint.LAST}, {checkpoint.BEST}, '
             f'log.jsonl, TensorBoard events'
         )
 

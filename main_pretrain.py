@@ -72,11 +72,10 @@ def main(args):
     # --- Data -------------------------------------------------------------------------------------------------
     samples = data.Samples(train_source, transforms.pretrain_transform(size, args.crop), num_patches, args.seed)
     loader = data.Loader(samples, plan.batch_keys(), device, statistics, args.num_workers)
-    val_samples = data.Samples(
-        val_source or train_source, transforms.centre_transform(size), num_patches
-    )  # fixed masks
-    val_keys = data.fixed_batches(len(val_samples), plan.batch_size, plan.rank, plan.world_size)
-    val_loader = data.Loader(val_samples, val_keys, device, statistics, args.num_workers)
+    val_samples = data.Samples(val_source or train_source, transforms.centre_transform(size), num_patches)
+    if val_source:  # always with the same masks: fixed_batches are of epoch 0
+        val_keys = data.fixed_batches(len(val_source), plan.batch_size, plan.rank, plan.world_size)
+        val_loader = data.Loader(val_samples, val_keys, device, statistics, args.num_workers)
 
     # --- Train ------------------------------------------------------------------------------------------------
     def end_of_epoch(epoch, step, log):
@@ -88,7 +87,7 @@ def main(args):
     title = (
         f'{args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, fusing {model.fuse_layers}'
     )
-    engine.train(plan, model, optimizer, scaler, loss_fn, loader, title, fusion_weights, end_of_epoch)
+    engine.train(plan, model, optimizer, scaler, loss_fn, loader, title, end_of_epoch, fusion_weights)
     if plan.rank == 0:
         done = 'Training was complete before' if plan.start == plan.total_steps else 'Done'
         print(

@@ -141,7 +141,7 @@ class MaskedAutoencoderMFF(nn.Module):
 
         Args:
             imgs: (N, C, H, W), normalised.
-            mask_ratio: share of the patches that the encoder does not see, in [0, 1).
+            mask_ratio: share of the patches that the encoder does not see, in [0, 1); at 0 there is no loss (nan).
             noise: (N, L) in [0, 1), the patches with the smallest stay visible; None: drawn here.
 
         Returns:

@@ -67,8 +67,8 @@ def test_resumed_in_mid_epoch_is_uninterrupted(pretrain, monkeypatch):
     class Killed(Exception):
         pass
 
-    def save_and_die(state, output_dir):
-        save(state, output_dir)
+    def save_and_die(state, output_dir, name):
+        save(state, output_dir, name)
         raise Killed
 
     save = checkpoint.save

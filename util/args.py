@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import os
 import shlex
 
@@ -28,47 +29,38 @@ class ArgumentParser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, line):
         return shlex.split(line, comments=True)
 
-    def error(self, message):
-        if os.environ.get('LOCAL_RANK', '0') == '0':  # once per machine, not once per process
-            self._print_message(f'{self.prog}: error: {message}\n')
-        self.exit(2)
+    def error(self, message, code=2):
+        first = os.environ.get('LOCAL_RANK', '0') == '0'  # once per machine, not once per process
+        self.exit(code, f'{self.prog}: error: {message}\n' if first else None)
 
 
 def run(main, parser, argv=None):
-    """Parse and run a job: main(args). An InputError becomes one line and exit code 2."""
-    args = parser.parse_args(argv)
+    """Parse and run a job: main(args). An InputError becomes one line and exit code 2, a divergence exit code 1."""
+    try:
+        args = parser.parse_args(argv)
+    except (ValueError, RecursionError) as error:  # not UTF-8, an open quote, a file that names itself
+        parser.error(f'argument file: {error}')
     try:
         main(args)
     except InputError as error:
         parser.error(str(error))
     except FloatingPointError as error:
-        parser.exit(
-            1,
-            f'{parser.prog}: {error}; the last checkpoint is from before. Try --amp bf16 or none, a lower '
-            '--blr, or --clip_grad 1\n',
-        )
+        advice = 'Go on from it with --force_resume and --amp bf16 or none, a lower --blr, or --clip_grad 1'
+        parser.error(f'{error}; the last checkpoint is from before. {advice}', code=1)
 
 
-def number(kind, low=None, high=None, exclusive_high=False):
-    """An argparse type: a number within bounds, whose error says what was expected."""
+def number(kind, low=None, high=None):
+    """An argparse type: a finite number within bounds, whose error says what was expected."""
+    noun = 'a whole number' if kind is int else 'a number'
+    bounds = ' '.join([f'from {low}'] * (low is not None) + [f'to {high}'] * (high is not None))
 
     def parse(text):
         try:
             value = kind(text)
-        except ValueError:
-            value = None
-        if (
-            value is None
-            or value != value
-            or (low is not None and value < low)
-            or (high is not None and (value > high or (exclusive_high and value == high)))
-        ):
-            noun = 'a whole number' if kind is int else 'a number'
-            bounds = ' '.join(
-                [f'from {low}'] * (low is not None)
-                + [f'to {high}'] * (high is not None)
-                + ['(excluded)'] * exclusive_high
-            )
+            finite = math.isfinite(value)
+        except (ValueError, OverflowError):
+            finite = False
+        if not finite or (low is not None and value < low) or (high is not None and value > high):
             raise argparse.ArgumentTypeError(f"'{text}' is not {noun} {bounds}".rstrip())
         return value
 
@@ -77,9 +69,11 @@ def number(kind, low=None, high=None, exclusive_high=False):
 
 def save_interval(text):
     """'500' (steps), '10min' or '2ep' -> (number, unit)."""
-    for unit in ('min', 'ep', ''):
-        if text.endswith(unit):
-            return number(float if unit == 'min' else int, 0 if unit == 'min' else 1)(text.removesuffix(unit)), unit
+    unit = next(unit for unit in ('min', 'ep', '') if text.endswith(unit))
+    try:
+        return number(*((float, 0) if unit == 'min' else (int, 1)))(text.removesuffix(unit)), unit
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not N steps, Nmin or Nep, such as 500, 10min or 1ep") from None
 
 
 class ImageSize(argparse.Action):
@@ -143,7 +137,7 @@ def add_common_arguments(parser):
     optim.add_argument('--min_lr', type=rate, default=0.0, help=f'learning rate at the end {default}')
     optim.add_argument('--weight_decay', type=rate, default=0.05, help=default)
     optim.add_argument(
-        '--betas', type=number(float, 0, 1, True), nargs=2, default=[0.9, 0.95], help=f'of AdamW {default}'
+        '--betas', type=number(float, 0, 0.999999), nargs=2, default=[0.9, 0.95], help=f'of AdamW {default}'
     )
     optim.add_argument(
         '--clip_grad', type=number(float, 1e-12), help='largest norm of the gradient (default: no clipping)'
@@ -158,7 +152,7 @@ def add_common_arguments(parser):
         f'none: start anew; or a checkpoint {default}',
     )
     run.add_argument('--force_resume', action='store_true', help='resume even with flags that change the training')
-    run.add_argument('--seed', type=number(int, 0), default=0, help=default)
+    run.add_argument('--seed', type=number(int, 0, 2**63 - 1), default=0, help=default)
     run.add_argument('--device', default='auto', help='cuda, mps or cpu (default: the first of them that is there)')
     run.add_argument(
         '--amp',

@@ -15,6 +15,8 @@ LAST, PREVIOUS, BEST = 'checkpoint-last.pth', 'checkpoint-previous.pth', 'checkp
 # Flags that may change when a run goes on: they do not change what is trained.
 FREE_FLAGS = {
     'batch_size',
+    'data_path',
+    'val_path',
     'num_workers',
     'device',
     'output_dir',
@@ -51,41 +53,45 @@ class Saver:
     The end of an epoch is passed over while saving would take more than a twentieth of the time since the last one.
     """
 
-    def __init__(self, args, steps_per_epoch, model, optimizer, scaler, record=None, enabled=True):
-        self.args, self.steps_per_epoch, self.record, self.enabled = args, steps_per_epoch, record or {}, enabled
+    def __init__(self, args, steps_per_epoch, model, optimizer, scaler, record, enabled=True):
+        self.args, self.steps_per_epoch, self.record, self.enabled = args, steps_per_epoch, record, enabled
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.saved_at, self.seconds = time.monotonic(), 0.0
 
+    def due(self, step):
+        every, unit = self.args.save_every
+        if unit == 'min':
+            return time.monotonic() - self.saved_at >= 60 * every
+        return step % (every if unit == '' else every * self.steps_per_epoch) == 0
+
     def __call__(self, step):
         """After each optimiser step; the last of an epoch is left to end_of_epoch."""
-        every, unit = self.args.save_every
-        due = time.monotonic() - self.saved_at >= 60 * every if unit == 'min' else unit == '' and step % every == 0
-        if self.enabled and due and step % self.steps_per_epoch:
+        if step % self.steps_per_epoch and self.due(step):
             self.save(step)
 
-    def end_of_epoch(self, step, last, best=False):
-        every, unit = self.args.save_every
-        epoch = step // self.steps_per_epoch
-        keep = self.args.keep_every and epoch % self.args.keep_every == 0
-        cheap = time.monotonic() - self.saved_at >= 20 * self.seconds
-        due = last or keep or best or (epoch % every == 0 if unit == 'ep' else cheap)
-        if self.enabled and due:
-            self.save(step, [f'checkpoint-{epoch:04d}.pth'] * bool(keep) + [BEST] * bool(best))
+    def end_of_epoch(self, step, last):
+        cheap = self.args.save_every[1] != 'ep' and time.monotonic() - self.saved_at >= 20 * self.seconds
+        keep = self.args.keep_every and step // self.steps_per_epoch % self.args.keep_every == 0
+        if last or keep or cheap or self.due(step):
+            self.save(step, keep)
 
-    def save(self, step, copies=()):
-        began = time.monotonic()
+    def save(self, step, keep=False, best=False):
+        """checkpoint-last.pth, and first the copies that stay: a kill between them leaves nothing out on resuming."""
+        if not self.enabled:
+            return
+        began, epoch = time.monotonic(), step // self.steps_per_epoch
         state = {
             'model': self.model.state_dict(),
             'optimizer': self.optimizer.state_dict(),
             'scaler': self.scaler.state_dict(),
             'step': step,
-            'epoch': step // self.steps_per_epoch,
+            'epoch': epoch,
             **self.record,
             'args': {name: plain(value) for name, value in vars(self.args).items()},
         }
         if not all(tensor.isfinite().all() for tensor in state['model'].values()):
             raise FloatingPointError(f'the weights are not finite after step {step}')
-        for name in (*copies, LAST):  # the last one last: until then, a resumed run would write the copies again
+        for name in [f'checkpoint-{epoch:04d}.pth'] * bool(keep) + [BEST] * best + [LAST]:
             save(state, self.args.output_dir, name)
         self.saved_at, self.seconds = time.monotonic(), time.monotonic() - began
 
@@ -120,44 +126,50 @@ def load(path):
         raise InputError(f'{path}: not a whole checkpoint ({str(error).splitlines()[0]})') from None
 
 
-def find(resume, output_dir, say=print):
+def load_run(path):
+    """load(path), if it is a checkpoint of a training run of this project. Raises InputError."""
+    state = load(path)
+    if not isinstance(state, dict) or not {'model', 'optimizer', 'scaler', 'step', 'args'} <= state.keys():
+        raise InputError(f'{path}: not a checkpoint of a training run of this project')
+    return state
+
+
+def find(resume, output_dir):
     """The checkpoint to go on from: of --resume PATH, or the newest whole one for 'auto'; None to start anew."""
     if resume != 'auto':
-        return None if resume == 'none' else load(resume)
+        return None if resume == 'none' else load_run(resume)
     problems = []
     for name in (LAST, PREVIOUS):
         path = os.path.join(output_dir, name)
         if os.path.exists(path):
             try:
-                state = load(path)
+                state = load_run(path)
             except InputError as error:
                 problems.append(str(error))
                 continue
             for problem in problems:
-                say(f'{problem}; going on from {path} instead')
+                print(f'{problem}; going on from {path} instead')
             return state
     if problems:
-        raise InputError(f'{"; ".join(problems)}; to start anew, remove them or choose another --output_dir')
+        raise InputError(f'{"; ".join(problems)}; to start anew, remove it or choose another --output_dir')
     return None
 
 
-def check_same_run(state, args, model):
-    """Refuse to resume from a checkpoint of another architecture, or with flags that change the training.
+def check_same_run(state, args, model, num_images):
+    """Refuse to resume from a checkpoint of another architecture, or with flags or data that change the training.
 
     Raises:
-        InputError: naming the parameters, or each flag with its old and new value (--force_resume overrides these).
+        InputError: naming a tensor that differs, or, without --force_resume, each flag with its old and new value.
     """
-    if 'model' not in state or 'step' not in state:
-        raise InputError('--resume: not a checkpoint of a training run of this project')
     ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     theirs = {name: tuple(tensor.shape) for name, tensor in state['model'].items()}
     odd = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
     if odd:
         name = min(odd)
         raise InputError(
-            f'the checkpoint in --output_dir or --resume is of another architecture: {len(odd)} tensors '
-            f'differ, such as {name} ({theirs.get(name, "absent")} there, {ours.get(name, "absent")} here); '
-            'use its --model, --input_size and --fuse_layers, another --output_dir, or --resume none'
+            f'the checkpoint to resume is of another architecture: {len(odd)} tensors differ, such as {name} '
+            f'({theirs.get(name, "absent")} there, {ours.get(name, "absent")} here); use its --model, --input_size and '
+            '--fuse_layers, another --output_dir, or --resume none'
         )
     now, then = vars(args), state['args']
     changed = [
@@ -165,11 +177,24 @@ def check_same_run(state, args, model):
         for name in now
         if name not in FREE_FLAGS and plain(now[name]) != then.get(name)
     ]
+    if state.get('num_images', num_images) != num_images:
+        changed.append(f'{state["num_images"]} -> {num_images} images in --data_path')
     if changed and not args.force_resume:
         raise InputError(
-            f'this run was started with other flags: {", ".join(changed)}; use those, another --output_dir, '
-            'or --force_resume'
+            f'this run was started differently: {", ".join(changed)}; use what it was started with, another '
+            '--output_dir, or --force_resume'
         )
+
+
+def restore(state, model, optimizer, scaler):
+    """Give model, optimizer and scaler their states of a checkpoint; rates and decay stay those of the flags."""
+    model.load_state_dict(state['model'])
+    options = [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state['optimizer'])
+    for group, option in zip(optimizer.param_groups, options):
+        group.update(option)
+    if state['scaler'] and scaler.is_enabled():  # empty where there was no fp16
+        scaler.load_state_dict(state['scaler'])
 
 
 def plain(value):

@@ -11,11 +11,14 @@ no stored generator state.
 import os
 import random
 import urllib.error
+import warnings
 
 import numpy as np
 import torch
 import torchvision.datasets
+from torchvision.transforms.v2.functional import to_dtype
 
+from util import distributed
 from util.args import InputError
 from util.shapes import Shapes
 from util.transforms import normalise, pil_to_tensor, read_image
@@ -33,6 +36,7 @@ class ImageFiles:
     def __init__(self, root, names, in_chans, class_names=None):
         self.root, self.in_chans = root, in_chans
         self.names = np.array([os.fsencode(name) for name in names])  # one buffer, shared with the workers
+        self.dtype = None  # of the pixels: that of the first image that can be read
         self.classes, self.labels = None, np.full(len(names), -1)
         if class_names:
             self.classes, self.labels = np.unique(class_names, return_inverse=True)
@@ -45,7 +49,9 @@ class ImageFiles:
         return os.path.join(self.root, os.fsdecode(self.names[index]))
 
     def __getitem__(self, index):
-        return read_image(self.path(index), self.in_chans), int(self.labels[index])
+        image = read_image(self.path(index), self.in_chans)
+        self.dtype = self.dtype or image.dtype
+        return to_dtype(image, self.dtype, scale=True), int(self.labels[index])
 
 
 class TorchvisionImages:
@@ -139,7 +145,10 @@ def open_source(path, split, in_chans=3, size=(224, 224), download_dir='data', l
 
 def open_folder(path, split, in_chans):
     """All images below path; below its train/ (or val/, valid/, validation/, test/) where it is divided so."""
-    folders = {entry.name: entry.path for entry in os.scandir(path) if entry.is_dir() and entry.name[0] != '.'}
+    try:
+        folders = {entry.name: entry.path for entry in os.scandir(path) if entry.is_dir() and entry.name[0] != '.'}
+    except OSError as error:
+        raise InputError(f'{path}: {error.strerror}') from None
     held_out = [folders[name] for name in SPLITS['val'] if name in folders]
     if 'train' in folders and (held_out or len(folders) == 1):  # else 'train' is a class or a folder like others
         candidates = [folders['train']] if split == 'train' else held_out[:1]
@@ -157,9 +166,17 @@ def open_folder(path, split, in_chans):
 
 
 def find_images(root):
-    """Sorted names, relative to root, of the image files in root and below; links are followed, loops are not."""
+    """Sorted names, relative to root, of the image files in root and below; links are followed, loops are not.
+
+    Raises:
+        InputError: if a folder may not be read.
+    """
+
+    def refuse(error):
+        raise InputError(f'{error.filename}: {error.strerror}')
+
     names, seen = [], set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=refuse):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:
             subfolders.clear()
@@ -181,13 +198,17 @@ def open_list(path, in_chans):
     """
     try:
         with open(path, encoding='utf-8', errors='surrogateescape') as file:
-            lines = [line.strip() for line in file]
+            text = file.read(4096)
+            lines = [] if '\0' in text else [line.strip() for line in (text + file.read()).splitlines()]
     except OSError as error:
         raise InputError(f'{path}: {error.strerror}') from None
     names = [line for line in lines if line and line[0] != '#']
-    if not names or '\0' in names[0]:
-        raise InputError(f'{path}: not a text file that lists images, one a line')
+    if not names:
+        raise InputError(f'{path}: not a folder, and not a text file that lists images, one a line')
     names, class_names = zip(*(line.partition('\t')[::2] for line in names))
+    missing = [name for name in names if not os.path.exists(os.path.join(os.path.dirname(path), name))]
+    if missing:
+        raise InputError(f'{path}: {len(missing)} of the {len(names)} images in it do not exist, such as {missing[0]}')
     return ImageFiles(os.path.dirname(path), names, in_chans, class_names if all(class_names) else None)
 
 
@@ -215,13 +236,15 @@ def open_torchvision(path, split, in_chans, root, labelled):
             except (TypeError, ValueError) as error:  # no such argument, or no split of that name
                 problem = error
                 break
+            except ImportError as error:
+                raise InputError(f'{path}: {name} needs another package: {error}') from None
             except (RuntimeError, OSError, urllib.error.URLError) as error:  # not there, or no network
                 if download:
                     reason = ' '.join(str(getattr(error, 'reason', error)).split())
                     raise InputError(
                         f'{path}: not found in {root} (--download_dir), and the download failed: {reason}'
                     ) from None
-                if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+                if distributed.world()[1] > 1:
                     raise InputError(
                         f'{path}: not found in {root} (--download_dir); start once without torchrun to download it'
                     ) from None
@@ -270,12 +293,22 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        image, label = self.source[index]
+        image, label = self.read(index)
         seed_generators(self.seed, epoch, index)
         if self.num_patches is None:
             return self.transform(image), label
         noise = torch.rand(self.num_patches)  # first, so that masks are the same for every crop
         return self.transform(image), noise
+
+    def read(self, index, tries=100):
+        """source[index], or of what cannot be read the next that can, with a warning that names the file."""
+        for offset in range(tries):
+            try:
+                return self.source[(index + offset) % len(self.source)]
+            except (OSError, ValueError) as error:
+                problem = error
+                warnings.warn(f'{error}; the next image takes its place', stacklevel=2)
+        raise ValueError(f'{tries} images in a row cannot be read; {problem}')
 
 
 class BatchStream(torch.utils.data.Sampler):

@@ -25,7 +25,10 @@ def choose_device(name):
         kind = torch.device(name).type
     except RuntimeError:
         raise InputError(f'--device {name}: no such device; use cuda, mps or cpu') from None
-    if (kind == 'cuda' and not torch.cuda.is_available()) or (kind == 'mps' and not torch.backends.mps.is_available()):
+    if kind not in ('cuda', 'mps', 'cpu'):
+        raise InputError(f'--device {name}: not supported; use cuda, mps or cpu')
+    count = {'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available()), 'cpu': 1}[kind]
+    if (torch.device(name).index or 0) >= count:
         raise InputError(
             f'--device {name}: this machine has none, or torch {torch.__version__} cannot use it; '
             '--device cpu works everywhere'
@@ -63,6 +66,15 @@ def wrap(model, device, compiled=False):
 def stop():
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def check_equal(value, what):
+    """Raise InputError on every process if value is not the same on all of them."""
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        if len(set(values)) > 1:
+            raise InputError(f'the processes do not agree on {what}: {values}')
 
 
 def sum_over_processes(tensor):

@@ -1,6 +1,7 @@
 """What a run tells: a progress bar (plain lines where there is no terminal), log.jsonl, TensorBoard."""
 
 import json
+import math
 import os
 import platform
 import shlex
@@ -32,7 +33,7 @@ class Log:
         from torch.utils.tensorboard import SummaryWriter  # a second to import, needed on one process only
 
         path = os.path.join(output_dir, 'log.jsonl')
-        kept = [line for line in read(path) if 0 < line.get('step', 0) <= start_step] if start_step else []
+        kept = [entry for entry in read(path) if start_step and is_before(entry, start_step)]
         header = {
             'command': shlex.join(sys.argv),
             'python': platform.python_version(),
@@ -41,11 +42,11 @@ class Log:
             'timm': timm.__version__,
             'args': vars(args),
         }
-        self.file = open(path, 'w')
-        for line in [header, *kept]:
-            self.file.write(json.dumps(line) + '\n')
-        self.file.flush()
-        self.board = SummaryWriter(output_dir, purge_step=start_step + 1 if start_step else None)
+        with open(path + '.tmp', 'w') as file:
+            file.writelines(json.dumps(line) + '\n' for line in [header, *kept])
+        os.replace(path + '.tmp', path)
+        self.file = open(path, 'a')
+        self.board = SummaryWriter(output_dir, purge_step=start_step + 1 if start_step else 0)
         self.board.add_text('run', '\n\n'.join(f'**{key}** {value}' for key, value in header.items()), start_step)
         self.bar = tqdm(
             total=total_steps, initial=start_step, unit='step', dynamic_ncols=True, disable=not sys.stderr.isatty()
@@ -66,7 +67,8 @@ class Log:
         """Write values {name: number} of the moment after `step` optimiser steps, which lies in `epoch` (a float)."""
         if not self.enabled:
             return
-        self.file.write(json.dumps({'step': step, 'epoch': round(epoch, 4), **values}) + '\n')
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.file.write(json.dumps({'step': step, 'epoch': round(epoch, 4), **finite}) + '\n')
         self.file.flush()
         for name, value in values.items():
             tag = name if '/' in name else name.replace('_', '/', 1) if name.startswith('val_') else f'train/{name}'
@@ -92,6 +94,11 @@ class Log:
             self.bar.close()
             self.board.close()
             self.file.close()
+
+
+def is_before(entry, step):
+    """Whether a log entry holds for a run that goes on from `step`; an epoch that ends there is measured again."""
+    return 0 < entry.get('step', 0) < step or (entry.get('step') == step and 'loss' in entry)
 
 
 def read(path):

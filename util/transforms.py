@@ -62,7 +62,7 @@ def pil_to_tensor(image, in_chans):
 def array_to_tensor(array, in_chans):
     """(H, W, C) or (H, W) -> (C, H, W): uint8 as it is, other whole numbers over their largest, floats as given."""
     array = array[..., None] if array.ndim == 2 else array
-    if array.ndim != 3 or array.shape[2] != in_chans:
+    if array.ndim != 3 or array.shape[2] != in_chans or not array.size:
         raise ValueError(
             f'an array of shape {array.shape} is not (H, W, {in_chans}); --in_chans says how many channels'
         )
@@ -94,6 +94,8 @@ class Cover(torch.nn.Module):
 def pretrain_transform(size, crop='simple'):
     """uint8 (C, h, w) -> uint8 (C, H, W). 'simple': the reference's (mmpretrain configs/mff); 'rrc': MAE's."""
     if crop == 'simple':
+        if min(size) <= 4:
+            raise InputError(f'--input_size {size[0]} {size[1]}: --crop simple pads by 4 pixels and needs more')
         spatial = [Cover(size), v2.RandomCrop(size, padding=4, padding_mode='reflect')]
     else:
         spatial = [v2.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=BICUBIC, antialias=True)]

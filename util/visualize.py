@@ -65,26 +65,20 @@ def curves_figure(output_dirs):
     """Figure of loss and fusion weights over training, from the log.jsonl of one or more runs."""
     figure = Figure(figsize=(9, 3.5), layout='constrained', dpi=100)
     loss_axes, weight_axes = figure.subplots(1, 2)
-    for number_, output_dir in enumerate(output_dirs):
-        entries = log.read(os.path.join(output_dir, 'log.jsonl'))
-        for name, style in (('loss', '-'), ('val_loss', 'o--')):
+    labelled = set()
+    for run_index, output_dir in enumerate(output_dirs):
+        title = os.path.basename(os.path.normpath(output_dir))
+        entries = [entry for entry in log.read(os.path.join(output_dir, 'log.jsonl')) if 'step' in entry]
+        for name in sorted({name for entry in entries for name in entry}):
             points = [(entry['epoch'], entry[name]) for entry in entries if name in entry]
-            if points:
-                loss_axes.plot(
-                    *zip(*points),
-                    style,
-                    color=f'C{number_}',
-                    markersize=4,
-                    label=f'{os.path.basename(os.path.normpath(output_dir))}, {name}',
-                )
-        for layer, name in enumerate(sorted({key for entry in entries for key in entry if key.startswith('fusion/')})):
-            points = [(entry['epoch'], entry[name]) for entry in entries if name in entry]
-            weight_axes.plot(
-                *zip(*points),
-                color=f'C{layer}',
-                linestyle=['-', '--', ':', '-.'][number_ % 4],
-                label=name.removeprefix('fusion/') if number_ == 0 else None,
-            )
+            if name in ('loss', 'val_loss'):
+                style = '-' if name == 'loss' else 'o--'
+                loss_axes.plot(*zip(*points), style, color=f'C{run_index}', markersize=4, label=f'{title}, {name}')
+            elif name.startswith('fusion/'):  # a colour a layer, a line style a run
+                layer, style = int(name.removeprefix('fusion/layer_')), ['-', '--', ':', '-.'][run_index % 4]
+                label = None if layer in labelled else f'layer {layer}'
+                weight_axes.plot(*zip(*points), style, color=f'C{layer % 10}', label=label)
+                labelled.add(layer)
     loss_axes.set(xlabel='epoch', ylabel='loss')
     weight_axes.set(xlabel='epoch', ylabel='fusion weight')
     for axes in (loss_axes, weight_axes):
@@ -96,7 +90,7 @@ def curves_figure(output_dirs):
 
 def load_model(path):
     """(model, flags of the run) of a pre-training checkpoint of this project."""
-    state = checkpoint.load(path)
+    state = checkpoint.load_run(path)
     args = argparse.Namespace(**state['args'])
     model = create_model(args.model, args.input_size, args.in_chans, args.fuse_layers, args.norm_pix_loss)
     model.load_state_dict(state['model'])
@@ -121,8 +115,12 @@ def main(args):
                 raise InputError(f'{path}: cannot be read ({error})') from None
         imgs = transforms.normalise(torch.stack(images), *statistics)
         noise = torch.rand(len(imgs), model.patch_embed.num_patches, generator=torch.Generator().manual_seed(args.seed))
-        figure = reconstruction_figure(model, imgs, statistics, args.mask_ratio or flags.mask_ratio, noise)
-    figure.savefig(args.out)
+        mask_ratio = flags.mask_ratio if args.mask_ratio is None else args.mask_ratio
+        figure = reconstruction_figure(model, imgs, statistics, mask_ratio, noise)
+    try:
+        figure.savefig(args.out)
+    except (OSError, ValueError) as error:
+        raise InputError(f'--out {args.out}: {error}') from None
     print(f'wrote {args.out}')
 
 
@@ -132,7 +130,7 @@ def get_parser():
     one = figures.add_parser('reconstruct', help='input, masked, reconstruction')
     one.add_argument('checkpoint')
     one.add_argument('images', nargs='+')
-    one.add_argument('--mask_ratio', type=number(float, 0, 1), help='(default: that of the training)')
+    one.add_argument('--mask_ratio', type=number(float, 0, 0.999), help='(default: that of the training)')
     one.add_argument('--seed', type=number(int, 0), default=0, help='of the masks')
     one.add_argument('--out', default='reconstruction.png')
     one = figures.add_parser('curves', help='loss and fusion weights over training')
