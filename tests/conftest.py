@@ -14,6 +14,8 @@ import main_pretrain
 from util.args import run
 from util.shapes import Shapes
 
+torch.set_num_threads(1)  # what is run here is too small to share out
+
 ROOT = Path(__file__).parent.parent
 
 # A run of seconds: 64 images of 16 x 16 pixels, three epochs of four steps.
