@@ -1,6 +1,7 @@
 """Weights out: a folder that timm.create_model loads, and that can be pushed to the Hugging Face hub as it is."""
 
 import argparse
+import inspect
 import json
 import os
 
@@ -96,8 +97,8 @@ def fold_batch_norm(state):
 
 def make_config(name, flags, encoder, classes):
     """config.json, as timm reads it (timm/models/_hub.py)."""
-    sizes = {'patch_size': 16, **MODELS[f'mff_{name}'].keywords}
-    img_size = flags.get('input_size') or [sizes.get('img_size', 224)] * 2
+    sizes = defaults(name)
+    img_size = flags.get('input_size') or [sizes['img_size']] * 2
     num_classes = len(encoder['head.weight']) if 'head.weight' in encoder else 0
     if classes and len(classes) != num_classes:
         raise InputError(f'its head has {num_classes} classes, but it names {len(classes)}')
@@ -128,9 +129,14 @@ def make_config(name, flags, encoder, classes):
     }
 
 
+def defaults(name):
+    """What a size of MODELS is made with, where a flag does not change it."""
+    return {key: parameter.default for key, parameter in inspect.signature(MODELS[f'mff_{name}']).parameters.items()}
+
+
 def model_card(name, flags, state, config):
     """README.md: what the weights are, and how to load them."""
-    num_classes = config['num_classes']
+    num_classes, pretraining = config['num_classes'], 'decoder_embed.weight' in state['model']
     channels, height, width = config['pretrained_cfg']['input_size']
     rows = {
         'architecture': f'{name}, {config["num_features"]} wide, {config["model_args"]["depth"]} blocks',
@@ -138,10 +144,11 @@ def model_card(name, flags, state, config):
         f'std {flatten(config["pretrained_cfg"]["std"])}',
         'trained': f'{state.get("epoch", "?")} epochs, {state.get("step", "?")} steps',
         'classes': num_classes or None,
-        'fused blocks': flags.get('fuse_layers') and flatten(flags['fuse_layers']),
+        'fused blocks': flatten(flags.get('fuse_layers') or defaults(name)['fuse_layers']) if pretraining else None,
         'mask ratio': flags.get('mask_ratio'),
     }
     kind = 'Classifier' if num_classes else 'Encoder'
+    output = f'logits (1, {num_classes})' if num_classes else f'class token (1, {config["num_features"]})'
     lines = [
         '---',
         'library_name: timm',
@@ -162,11 +169,10 @@ def model_card(name, flags, state, config):
         '',
         "model = timm.create_model('hf-hub:USER/NAME', pretrained=True).eval()   # or 'local-dir:FOLDER'",
         'transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))',
-        'output = model(transform(image).unsqueeze(0))'
-        f'   # {f"logits (1, {num_classes})" if num_classes else "class token (1, %d)" % config["num_features"]}',
+        f'output = model(transform(image).unsqueeze(0))   # {output}',
         '```',
     ]
-    if 'decoder_embed.weight' in state['model']:
+    if pretraining:
         lines += ['', '`pretraining.safetensors` is the whole model with its decoder, for continued pre-training.']
     return '\n'.join(lines)
 

@@ -90,8 +90,11 @@ def read_file(path):
     except InputError as error:
         raise InputError(f'{path}: {error}') from None
     except Exception as error:  # the readers raise many kinds
-        reason = re.search(r'WeightsUnpickler error: (.+)', str(error)) or re.search(r'(.+)', str(error))
-        reason = reason[1] if reason else type(error).__name__
+        text = str(error)
+        called = re.search(r'Unsupported global: GLOBAL (\S+)|unrecognized (function)', text)
+        if called:
+            raise InputError(f'{path}: {refusal(called[1] or "a function")}') from None
+        reason = (re.findall(r'WeightsUnpickler error: (.+)', text) or text.splitlines() or [type(error).__name__])[0]
         raise InputError(f'{path}: not a whole weights file, or one of another kind ({reason})') from None
 
 
@@ -237,7 +240,7 @@ def recognise(content, state):
         return f'{project} {"linear probe" if "bn.running_var" in state else "classifier"} with {len(head)} classes'
     if project == 'timm':
         return 'timm encoder'
-    kind = '' if project == 'facebookresearch/mae' else 'MFF ' if fusion else 'MAE '
+    kind = 'MFF ' if fusion else 'MAE ' if decoder and project != 'facebookresearch/mae' else ''
     return f'{project} {kind}pre-training{"" if decoder else ", encoder only"}'
 
 
