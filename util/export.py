@@ -1,4 +1,7 @@
-"""Weights out: a folder that timm.create_model loads, and that can be pushed to the Hugging Face hub as it is."""
+"""Weights out: a folder that timm.create_model loads, and that can be pushed to the Hugging Face hub as it is.
+
+timm reads such a folder ('local-dir:') from 1.0.26, from the hub ('hf-hub:') also before.
+"""
 
 import argparse
 import inspect
@@ -40,9 +43,10 @@ def export(path, output_dir):
         InputError: if path is not such a checkpoint, or output_dir cannot be written.
     """
     state = checkpoint.load(path)
-    if not isinstance(state, dict) or not {'model', 'args'} <= state.keys() or 'model' not in state['args']:
+    flags = state.get('args') if isinstance(state, dict) else None
+    if not isinstance(flags, dict) or not isinstance(state.get('model'), dict) or 'model' not in flags:
         raise InputError(f'{path}: not a checkpoint of this project; only these can be exported')
-    flags, whole = state['args'], convert_state_dict(state)
+    flags, whole = {'in_chans': 3, 'mean': None, 'std': None, **flags}, convert_state_dict(state)
     name = flags['model'].removeprefix('mff_')
     if f'mff_{name}' not in MODELS:
         raise InputError(f'{path}: of an unknown model, {flags["model"]}')
@@ -73,7 +77,7 @@ def export(path, output_dir):
     what = f'the classifier of {config["num_classes"]} classes' if config['num_classes'] else 'the encoder'
     return (
         f'In {output_dir}: {", ".join(files)}\n'
-        f"  {what} in timm:  timm.create_model('local-dir:{output_dir}', pretrained=True)\n"
+        f"  {what} in timm (from 1.0.26):  timm.create_model('local-dir:{output_dir}', pretrained=True)\n"
         f'  to the hub:  hf upload USER/NAME {output_dir}'
     )
 
@@ -102,7 +106,7 @@ def make_config(name, flags, encoder, classes):
     num_classes = len(encoder['head.weight']) if 'head.weight' in encoder else 0
     if classes and len(classes) != num_classes:
         raise InputError(f'its head has {num_classes} classes, but it names {len(classes)}')
-    mean, std = data.pixel_statistics(argparse.Namespace(**{'mean': None, 'std': None, **flags}))
+    mean, std = data.pixel_statistics(argparse.Namespace(**flags))
     in_chans = flags['in_chans']
     return {
         'architecture': f'vit_{ARCHITECTURES[sizes["embed_dim"]]}_224',

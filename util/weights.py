@@ -163,6 +163,7 @@ RENAMES = [
         (r'\.ffn\.layers\.1\.', '.mlp.fc2.'),
         (r'^head\.0\.(running|num)_', r'bn.\1_'),  # facebookresearch/mae's probe: Sequential(BatchNorm1d, Linear)
         (r'^head\.1\.', 'head.'),
+        (r'^fc_norm\.(running|num)_', r'bn.\1_'),
     ]
 ]
 
@@ -186,7 +187,7 @@ def convert_state_dict(state):
     for name, tensor in inner_state(state).items():
         if name.startswith(('data_preprocessor.', 'target_generator.')):
             continue
-        if name.startswith(('backbone.', 'neck.', 'head.')):
+        if name.startswith(('backbone.', 'neck.', 'head.', 'fc_norm.')):
             for pattern, new in RENAMES:
                 name = pattern.sub(new, name)
         converted[name] = tensor
@@ -249,7 +250,8 @@ def find_grid(path, content, state):
     num_patches, patch_size = state['pos_embed'].shape[1] - 1, state['patch_embed.proj.weight'].shape[-1]
     args = content.get('args')
     size = args.get('input_size') if isinstance(args, dict) else None
-    rows, columns = (side // patch_size for side in size) if size else [math.isqrt(num_patches)] * 2
+    known = isinstance(size, (list, tuple)) and len(size) == 2
+    rows, columns = (side // patch_size for side in size) if known else [math.isqrt(num_patches)] * 2
     if rows * columns != num_patches:
         raise InputError(f'{path}: its position embedding, of {num_patches} patches, is of an unknown rectangle')
     return rows, columns
@@ -305,11 +307,14 @@ def load_weights(model, path, whole=False):
     wanted = {name: tensor for name, tensor in ours.items() if part_of(name) not in fresh}
     if 'decoder' in theirs_has & ours_has and any('channels' in note for note in notes):  # pixels of other channels
         left_out, fresh = left_out | {'decoder_pred'}, fresh | {'decoder_pred'}
-        for tensors in (taken, wanted):
-            del tensors['decoder_pred.weight'], tensors['decoder_pred.bias']
+        taken, wanted = (
+            {name: tensor for name, tensor in tensors.items() if not name.startswith('decoder_pred.')}
+            for tensors in (taken, wanted)
+        )
     check_names(path, origin, taken, wanted)
     if whole and fresh:
-        raise InputError(f'{path}: {origin}; it lacks {in_words(fresh, ours)} of this model, which cannot do without')
+        instead = f'; it has {in_words(left_out, state)} instead' if left_out else ''
+        raise InputError(f'{path}: {origin}; it lacks {in_words(fresh, ours)}, needed here{instead}')
 
     actual = {probe_name(name, model): name for name in model.state_dict()}
     model.load_state_dict(model.state_dict() | {actual[name]: tensor for name, tensor in taken.items()})
