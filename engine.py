@@ -218,15 +218,17 @@ class Task:
     origin: str  # what the weights were, in a line
 
 
-def initial_weights(args, model, whole=False):
-    """Load --init_from, if given, and return a line on what it was. whole: a head has to be in it, not only an encoder.
+def initial_weights(args, model, needed=False, whole=False):
+    """Load --init_from, if given, into model, and return a line on what it was.
+
+    needed: refuse to go without. whole: refuse a file that lacks any of the model, such as its head.
 
     Raises:
-        InputError: as checkpoint.load_weights does, or if --eval has nothing to evaluate.
+        InputError: as checkpoint.load_weights does, or if there is no --init_from where it is needed.
     """
     if args.init_from:
         return checkpoint.load_weights(model, args.init_from, whole)
-    if args.eval:
+    if needed:
         raise InputError('--eval needs the weights to evaluate: --init_from CHECKPOINT')
     return 'random weights'
 

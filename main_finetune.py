@@ -13,6 +13,7 @@ import json
 
 import torch
 from timm.data import Mixup
+from timm.data.auto_augment import rand_augment_transform
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 import engine
@@ -29,10 +30,14 @@ def get_parser():
     names = ', '.join(name.removeprefix('mff_') for name in MODELS)
     ratio, rate = number(float, 0, 1), number(float, 0)
     add('--model', default='vit_base_patch16', help=f'{names} (default: %(default)s)')
-    add('--init_from', help='weights to start from: a checkpoint of this project, mmpretrain, MAE or timm')
     add('--layer_decay', type=ratio, default=0.65, help='learning rate of a block over the next (default: %(default)s)')
     add('--drop_path', type=ratio, default=0.1, help='at the last block (default: %(default)s)')
-    add('--aa', default='rand-m9-mstd0.5-inc1', help="RandAugment in timm's spelling, or none (default: %(default)s)")
+    add(
+        '--aa',
+        type=augmentation,
+        default='rand-m9-mstd0.5-inc1',
+        help="RandAugment in timm's spelling, or none (default: %(default)s)",
+    )
     add('--reprob', type=ratio, default=0.25, help='probability of random erasing (default: %(default)s)')
     add('--mixup', type=rate, default=0.8, help='alpha of Mixup, 0: off (default: %(default)s)')
     add('--cutmix', type=rate, default=1.0, help='alpha of CutMix, 0: off (default: %(default)s)')
@@ -46,6 +51,16 @@ def get_parser():
     return parser
 
 
+def augmentation(text):
+    """An argparse type: a RandAugment that timm can read, or 'none'."""
+    try:
+        if text != 'none':
+            rand_augment_transform(text, {})
+        return text
+    except (AssertionError, KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither none nor such as rand-m9-mstd0.5-inc1") from None
+
+
 def main(args):
     if args.predict:
         return predict(args)
@@ -55,7 +70,7 @@ def main(args):
     size = model.patch_embed.img_size
     train_source, val_source = data.open_labelled_sources(args, size)
     give_head(model, len(val_source.classes))
-    origin = engine.initial_weights(args, model, whole=args.eval)
+    origin = engine.initial_weights(args, model, needed=args.eval, whole=args.eval)
     task = engine.prepare_classification(args, model, origin, size, train_source, val_source, args.eval)
     if args.eval:
         return engine.report(task)

@@ -26,7 +26,6 @@ def get_parser():
     add = parser.add_argument_group('probing').add_argument
     names = ', '.join(name.removeprefix('mff_') for name in MODELS)
     add('--model', default='vit_base_patch16', help=f'{names} (default: %(default)s)')
-    add('--init_from', help='weights of the encoder: a checkpoint of this project, mmpretrain, MAE or timm')
     add('--momentum', type=number(float, 0, 1), default=0.9, help='of LARS (default: %(default)s)')
     share = number(float, 0.01, 1)
     add(
@@ -67,7 +66,7 @@ def main(args):
     size = encoder.patch_embed.img_size
     train_source, val_source = data.open_labelled_sources(args, size)
     model = LinearProbe(encoder, len(val_source.classes))
-    origin = engine.initial_weights(args, encoder)
+    origin = engine.initial_weights(args, encoder, needed=args.eval)
     if args.eval:
         load_head(model, args.init_from)
     only_measure = args.eval or args.knn is not None

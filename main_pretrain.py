@@ -49,6 +49,7 @@ def main(args):
     size, num_patches = model.patch_embed.img_size, model.patch_embed.num_patches
     if not 0 < int(num_patches * (1 - args.mask_ratio)) < num_patches:
         raise InputError(f'--mask_ratio {args.mask_ratio} of {num_patches} patches leaves none visible or none hidden')
+    origin = engine.initial_weights(args, model)
     statistics = transforms.pixel_statistics(args)
     train_source, val_source = data.open_sources(args, size)
     plan = engine.make_plan(args, len(train_source), model)
@@ -84,9 +85,8 @@ def main(args):
         if plan.rank == 0 and (epoch % args.picture_every == 0 or epoch == args.epochs):
             draw_reconstruction(model, val_samples, statistics, args, log, step)
 
-    title = (
-        f'{args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, fusing {model.fuse_layers}'
-    )
+    size_in_words = f'{args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters'
+    title = f'{size_in_words}, fusing {model.fuse_layers}; {origin}'
     engine.train(plan, model, optimizer, scaler, loss_fn, loader, title, end_of_epoch, fusion_weights)
     if plan.rank == 0:
         done = 'Training was complete before' if plan.start == plan.total_steps else 'Done'

@@ -121,6 +121,11 @@ def add_common_arguments(parser):
         help='loader processes per training process (default: the CPU cores shared out, at most 16)',
     )
 
+    weights = parser.add_argument_group('weights')
+    weights.add_argument(
+        '--init_from', help="weights to start from, .pth or .safetensors: this project's, mmpretrain's, MAE's, timm's"
+    )
+
     optim = parser.add_argument_group('optimisation')
     optim.add_argument(
         '--total_batch_size', type=count, default=4096, help=f'images of a step, on all devices {default}'

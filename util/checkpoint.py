@@ -1,14 +1,19 @@
-"""Checkpoints: plain files of tensors, numbers and strings, written whole or not at all, and read as data only."""
+"""Checkpoints: plain files of tensors, numbers and strings, written whole or not at all, and read as data only.
+
+    python -m util.checkpoint export OUTPUT_DIR/checkpoint-last.pth DIR     # for timm and the Hugging Face hub
+
+Saving and resuming are here; the weights of any origin come in through util/weights.py and out through util/export.py.
+"""
 
 import os
-import re
 import tempfile
 import time
 import zipfile
 
 import torch
 
-from util.args import InputError
+from util.args import ArgumentParser, InputError, run
+from util.weights import convert_state_dict, load_weights, read_weights  # noqa: F401 (the mains' way to them)
 
 LAST, PREVIOUS, BEST = 'checkpoint-last.pth', 'checkpoint-previous.pth', 'checkpoint-best.pth'
 
@@ -202,43 +207,23 @@ def plain(value):
     return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-# --- Other projects' names ------------------------------------------------------------------------------------
-
-# mmpretrain's name -> this project's, which are timm's and MAE's; applied in order.
-RENAMES = [
-    (re.compile(pattern), new)
-    for pattern, new in [
-        (r'^backbone\.ln1\.', 'norm.'),
-        (r'^backbone\.ln2\.', 'fc_norm.'),
-        (r'^neck\.ln1\.', 'decoder_norm.'),
-        (r'^head\.(fc|layers\.head)\.', 'head.'),
-        (r'^(backbone|neck)\.', ''),
-        (r'^proj_layers\.', 'fuse_projs.'),
-        (r'^proj_weights$', 'fuse_logits'),
-        (r'^layers\.', 'blocks.'),
-        (r'patch_embed\.projection\.', 'patch_embed.proj.'),
-        (r'\.ln([12])\.', r'.norm\1.'),
-        (r'\.ffn\.layers\.0\.0\.', '.mlp.fc1.'),
-        (r'\.ffn\.layers\.1\.', '.mlp.fc2.'),
-    ]
-]
+# --- Command --------------------------------------------------------------------------------------------------
 
 
-def convert_state_dict(state):
-    """Names of any known origin -> this project's: its own, mmpretrain's, facebookresearch/mae's and timm's.
+def get_parser():
+    parser = ArgumentParser('Checkpoints of this project')
+    commands = parser.add_subparsers(dest='command', required=True)
+    one = commands.add_parser('export', help='write a folder that timm loads and the Hugging Face hub takes')
+    one.add_argument('checkpoint', help='of pre-training or fine-tuning')
+    one.add_argument('dir', metavar='DIR', help='for model.safetensors, config.json, README.md')
+    return parser
 
-    The last two already agree. A checkpoint's outer dict ('model' or 'state_dict') is opened. mmpretrain's unused
-    fusion weight of a single level is dropped: plain MAE has none here.
-    """
-    for key in ('state_dict', 'model'):
-        if isinstance(state.get(key), dict):
-            state = state[key]
-    converted = {}
-    for name, tensor in state.items():
-        if name.startswith(('backbone.', 'neck.', 'head.')):
-            for pattern, new in RENAMES:
-                name = pattern.sub(new, name)
-        converted[name] = tensor
-    if 'fuse_logits' in converted and converted['fuse_logits'].numel() == 1:
-        del converted['fuse_logits']
-    return converted
+
+def main(args):
+    from util.export import export  # which needs this module
+
+    print(export(args.checkpoint, args.dir))
+
+
+if __name__ == '__main__':
+    run(main, get_parser())

@@ -102,10 +102,10 @@ def open_labelled_sources(args, size):
     for path, source in ((args.data_path, train), (args.val_path or args.data_path, val)):
         if source is not None and source.classes is None:
             raise InputError(f'{path}: labels are missing; a folder a class gives them, or path, tab, class in a list')
-    if len(val.classes) < 2:
-        raise InputError(f'{args.data_path}: only one class, {val.classes[0]}; a classifier needs two at least')
-    if train is not None:
-        check_same_classes(train.classes, val.classes, 'the training images', 'the validation images')
+    classes = (train or val).classes
+    if len(classes) < 2:
+        raise InputError(f'{args.data_path}: only one class, {classes[0]}; a classifier needs two at least')
+    check_same_classes(classes, val.classes, 'the training images', 'the validation images')
     return train, val
 
 

@@ -1,0 +1,558 @@
+"""Weights in and out: every known format, written here by other means, and files that are none."""
+
+import argparse
+import json
+import os
+import pickle
+import re
+import sys
+import tempfile
+import types
+from collections import OrderedDict, defaultdict, deque
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import command
+from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed
+from timm.models._manipulate import adapt_input_conv
+from timm.models.vision_transformer import VisionTransformer
+
+from models_mff import MaskedAutoencoderMFF
+from util import checkpoint
+from util.args import InputError, run
+from util.checkpoint import convert_state_dict, load_weights, read_weights
+from util.weights import adapt_channels
+
+REFERENCE = Path(__file__).parent / 'data' / 'cls_tiny.pt'
+SIZES = {'patch_size': 8, 'embed_dim': 24, 'depth': 3, 'num_heads': 3}
+
+
+def mae(img_size=32, fuse_layers=(0, 1, 2), seed=0, **kwargs):
+    torch.manual_seed(seed)
+    sizes = {**SIZES, 'decoder_embed_dim': 16, 'decoder_depth': 1, 'decoder_num_heads': 4, **kwargs}
+    return randomise(MaskedAutoencoderMFF(img_size, fuse_layers=fuse_layers, **sizes))
+
+
+def vit(global_pool='avg', num_classes=5, img_size=32, seed=1, **kwargs):
+    torch.manual_seed(seed)
+    return randomise(
+        VisionTransformer(img_size, global_pool=global_pool, num_classes=num_classes, **{**SIZES, **kwargs})
+    )
+
+
+def randomise(model):
+    """Every tensor its own numbers, so that none can be mistaken for another's or for an initial value."""
+    with torch.no_grad():
+        for tensor in filter(torch.is_floating_point, model.state_dict().values()):
+            tensor.add_(torch.randn_like(tensor) * 0.1)
+    return model.eval()
+
+
+def encoder_of(state):
+    return {name: tensor for name, tensor in state.items() if not name.startswith(('decoder_', 'mask_', 'fuse_'))}
+
+
+def mmpretrain_names(state):
+    """mmpretrain's name of each of our parameters, part by part: the inverse of the conversion, written by hand."""
+    names = {}
+    for name, tensor in state.items():
+        words = name.split('.')
+        decoder = name.startswith(('decoder_', 'mask_token'))
+        if words[0] in ('blocks', 'decoder_blocks'):
+            words[0] = 'layers' if words[0] == 'blocks' else 'decoder_blocks'
+            if words[2] == 'mlp':
+                words[2:4] = ['ffn', 'layers', '0', '0'] if words[3] == 'fc1' else ['ffn', 'layers', '1']
+            elif words[2].startswith('norm'):
+                words[2] = words[2].replace('norm', 'ln')
+        elif words[0] == 'fuse_projs':
+            words[0] = 'proj_layers'
+        elif words[0] == 'patch_embed':
+            words[1] = 'projection'
+        else:
+            words[0] = {'fuse_logits': 'proj_weights', 'norm': 'ln1', 'decoder_norm': 'ln1', 'fc_norm': 'ln2'}.get(
+                words[0], words[0]
+            )
+        if words[0] == 'head':
+            names['.'.join(['head', 'fc', *words[1:]])] = tensor
+        else:
+            names['.'.join(['neck' if decoder else 'backbone', *words])] = tensor
+    return names
+
+
+@pytest.fixture
+def mmengine_extras(monkeypatch):
+    """What mmengine puts beside the weights, of classes that are gone when the file is read."""
+    module = types.ModuleType('mmengine.logging.history_buffer')
+    source = (
+        'class HistoryBuffer:\n'
+        '    def mean(self): raise SystemError\n'
+        '    def __setstate__(self, state): raise SystemError\n'
+        '    def __getstate__(self): return self.__dict__\n'
+    )
+    exec(source, module.__dict__)
+    for name in ('mmengine', 'mmengine.logging', module.__name__):
+        monkeypatch.setitem(sys.modules, name, module)
+    buffer = module.HistoryBuffer()
+    buffer._log_history, buffer._max_length = np.array([0.5, 0.25]), 1000000
+    buffer._statistics_methods = {'mean': module.HistoryBuffer.mean}
+    hub = {
+        'log_scalars': OrderedDict(loss=buffer),
+        'runtime_info': OrderedDict(seed=np.int64(3), best=np.float32(0.5), names=np.array(['a', 'b'])),
+    }
+    yield {'meta': {'epoch': 300, 'cfg': 'model = dict()', 'dataset_meta': {}}, 'message_hub': hub, 'optimizer': {}}
+
+
+def saved(path, content, monkeypatch=None, legacy=False):
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    if monkeypatch:
+        for name in [name for name in sys.modules if name.startswith('mmengine')]:
+            monkeypatch.delitem(sys.modules, name)
+    return path
+
+
+def same(state, expected):
+    return state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+# --- Formats --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+@pytest.mark.parametrize('kind', ['MFF', 'MAE', 'encoder', 'classifier'])
+def test_mmpretrain(kind, legacy, tmp_path, mmengine_extras, monkeypatch):
+    state = (vit() if kind == 'classifier' else mae(fuse_layers=(2,) if kind == 'MAE' else (0, 1, 2))).state_dict()
+    state = encoder_of(state) if kind == 'encoder' else state
+    theirs = mmpretrain_names(state)
+    if kind == 'MAE':
+        theirs['backbone.proj_weights'] = torch.ones(1, 1, 1, 1)
+    content = {**mmengine_extras, 'state_dict': OrderedDict(theirs)}
+    path = saved(tmp_path / 'a.pth', content, monkeypatch, legacy)
+    read, origin = read_weights(path)
+    assert same(read, state)
+    assert (
+        origin
+        == {
+            'MFF': 'mmpretrain MFF pre-training',
+            'MAE': 'mmpretrain MAE pre-training',
+            'encoder': 'mmpretrain pre-training, encoder only',
+            'classifier': 'mmpretrain classifier with 5 classes',
+        }[kind]
+    )
+    assert not [name for name in sys.modules if name.startswith('mmengine')]
+    assert same(read_weights(saved(tmp_path / 'b.pth', theirs))[0], state)  # without anything around
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+def test_facebookresearch_mae(legacy, tmp_path):
+    args = argparse.Namespace(model='mae_vit_base_patch16', output_dir=Path('out'), input_size=224)
+    state, fine_tuned = mae(fuse_layers=(2,)).state_dict(), vit().state_dict()
+    rest = {'optimizer': {'state': {}, 'param_groups': [{'lr': 1e-3}]}, 'epoch': 799, 'scaler': {}, 'args': args}
+    rest |= {
+        'history': deque([1, 2], 3),
+        'meters': defaultdict(list, loss=[0.5]),
+        'sizes': {224},
+        'at': (None, 1 << 70),
+    }
+    for model, extra, expected in [
+        (state, rest, 'facebookresearch/mae pre-training'),
+        (encoder_of(state), {}, 'facebookresearch/mae pre-training, encoder only'),
+        (fine_tuned, rest, 'facebookresearch/mae classifier with 5 classes'),
+    ]:
+        read, origin = read_weights(saved(tmp_path / 'a.pth', {'model': model, **extra}, legacy=legacy))
+        assert same(read, model) and origin == expected
+    probe = {f'head.{name}': tensor for name, tensor in batch_norm_and_linear().state_dict().items()}
+    read, origin = read_weights(saved(tmp_path / 'a.pth', {'model': encoder_of(state) | probe, **rest}))
+    assert origin == 'facebookresearch/mae linear probe with 5 classes'
+    assert torch.equal(read['bn.running_mean'], probe['head.0.running_mean']) and 'head.weight' in read
+
+
+def batch_norm_and_linear():
+    return randomise(torch.nn.Sequential(torch.nn.BatchNorm1d(24, affine=False, eps=1e-6), torch.nn.Linear(24, 5)))
+
+
+def test_timm_and_deit(tmp_path):
+    state = vit('token').state_dict()
+    read, origin = read_weights(saved(tmp_path / 'a.pth', state))
+    assert same(read, state) and origin == 'timm classifier with 5 classes'
+    assert read_weights(saved(tmp_path / 'a.pth', {'model': state}))[1] == 'DeiT classifier with 5 classes'
+    save_file(state, tmp_path / 'a.safetensors')
+    read, origin = read_weights(tmp_path / 'a.safetensors')
+    assert same(read, state) and origin == 'timm classifier with 5 classes'
+    assert read_weights(saved(tmp_path / 'a.pth', encoder_of(vit('token', 0).state_dict())))[1] == 'timm encoder'
+    distilled = {**state, 'dist_token': torch.zeros(1, 1, 24), 'head_dist.weight': torch.zeros(5, 24)}
+    with pytest.raises(InputError, match='distilled'):
+        read_weights(saved(tmp_path / 'a.pth', {'model': distilled}))
+
+
+def test_this_projects(tmp_path):
+    state = mae().state_dict()
+    args = {'model': 'mff_vit_tiny_patch4', 'input_size': None}
+    path = saved(tmp_path / 'a.pth', {'model': state, 'optimizer': {}, 'step': 1, 'args': args})
+    read, origin = read_weights(path)
+    assert same(read, state) and origin == "this project's MFF pre-training"
+    wrapped = {f'module._orig_mod.{name}': tensor for name, tensor in state.items()}
+    assert same(read_weights(saved(tmp_path / 'a.pth', wrapped))[0], state)
+    path = saved(tmp_path / 'a.pth', {'model': vit().state_dict(), 'classes': list('abcde'), 'args': args})
+    assert read_weights(path)[1] == "this project's classifier with 5 classes"
+
+
+def test_reference_classifiers():
+    reference = torch.load(REFERENCE, weights_only=True)
+    fine_tuned, probe = reference['finetune'], reference['linprobe']
+    sizes = {'patch_size': 8, 'embed_dim': 24, 'depth': 4, 'num_heads': 3}
+    model = vit('avg', 7, **sizes)
+    model.load_state_dict(convert_state_dict(fine_tuned['state']))
+    with torch.no_grad():
+        assert (model(fine_tuned['imgs']) - fine_tuned['logits']).abs().max() < 1e-5
+        for place in ('fc_norm', 'head'):
+            model = probe_model(place, 7, **sizes)
+            assert load(model, probe['state'], whole=True) == 'mmpretrain linear probe with 7 classes'
+            assert (model(probe['imgs']) - probe['logits']).abs().max() < 1e-5
+
+
+def probe_model(place='fc_norm', num_classes=5, **kwargs):
+    """A linear probe on timm's VisionTransformer, its BatchNorm before the head or part of it."""
+    model = vit('token', num_classes, **kwargs)
+    batch_norm = torch.nn.BatchNorm1d(24, affine=False, eps=1e-6)
+    if place == 'fc_norm':
+        model.fc_norm = batch_norm
+    else:
+        model.head = torch.nn.Sequential(batch_norm, model.head)
+    return model.eval()
+
+
+# --- Files that are no weights --------------------------------------------------------------------------------
+
+
+class Hostile:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def third_party(path):
+    Path(path).touch()
+
+
+@pytest.mark.parametrize('form', ['zip', 'legacy', 'pickle', 'pickle4'])
+@pytest.mark.parametrize('call', ['os.system', 'eval', 'open', 'touch', 'third_party', 'torch.hub'])
+def test_hostile_file_is_refused_and_nothing_runs(call, form, tmp_path, capfd):
+    victim = str(tmp_path / 'victim')
+    hostile = {
+        'os.system': Hostile(os.system, f'touch {victim}'),
+        'eval': Hostile(eval, f'open({victim!r}, "w")'),
+        'open': Hostile(open, victim, 'w'),
+        'touch': Hostile(Path.touch, Path(victim)),
+        'third_party': Hostile(third_party, victim),
+        'torch.hub': Hostile(torch.hub.download_url_to_file, 'file:///etc/hostname', victim),
+    }[call]
+    content, path = {'model': mae().state_dict(), 'epoch': hostile}, tmp_path / 'a.pth'
+    if form in ('zip', 'legacy'):
+        saved(path, content, legacy=form == 'legacy')
+    else:
+        path.write_bytes(pickle.dumps(content, protocol=2 if form == 'pickle' else 4))
+    with pytest.raises(InputError) as error:
+        read_weights(path)
+    assert '\n' not in str(error.value) and str(error.value).startswith(f'{path}: ')
+    if form != 'pickle4' or call in ('os.system', 'eval', 'open'):  # protocol 4: torch reads none, whatever it calls
+        assert 'refused: its pickle calls' in str(error.value)
+    assert not Path(victim).exists()
+    assert pickle.loads(pickle.dumps(hostile)) is not hostile  # it would have run
+    assert Path(victim).exists()
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+@pytest.mark.parametrize('share', [0.0, 0.01, 0.5, 0.9, 0.999])
+def test_truncated_file(share, legacy, tmp_path):
+    path = saved(tmp_path / 'a.pth', {'model': mae().state_dict()}, legacy=legacy)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(InputError, match=r'a\.pth: [^\n]+$'):
+        read_weights(path)
+
+
+def test_other_files(tmp_path):
+    save_file(vit().state_dict(), tmp_path / 'a.safetensors')
+    content = (tmp_path / 'a.safetensors').read_bytes()
+    cases = {
+        'not a weights file': b'<html>not found</html>',
+        'not a whole weights file': content[: len(content) // 2],
+        'No such file': None,
+    }
+    for message, content in cases.items():
+        path = tmp_path / f'{len(message)}.safetensors'
+        if content:
+            path.write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            read_weights(path)
+    with pytest.raises(InputError, match='Is a directory'):
+        read_weights(tmp_path)
+    with pytest.raises(InputError, match='it holds a list'):
+        read_weights(saved(tmp_path / 'a.pth', [1, 2]))
+    with pytest.raises(InputError, match=r'no weights of a ViT .*it holds conv\.weight'):
+        read_weights(saved(tmp_path / 'a.pth', {'state_dict': {'conv.weight': torch.zeros(1)}}))
+    path = saved(tmp_path / 'a.pth', {'model': mae().state_dict()})
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(InputError, match='damaged at'):
+        read_weights(path)
+
+
+# --- Into a model ---------------------------------------------------------------------------------------------
+
+
+def load(model, state, **kwargs):
+    """load_weights of a file with this state; the line it gives, without the path."""
+    with tempfile.TemporaryDirectory() as folder:
+        return load_weights(model, saved(Path(folder) / 'a.pth', state), **kwargs).split(': ', 1)[1]
+
+
+def test_encoder_of_pretraining_into_classifiers():
+    source = mae().state_dict()
+    model = vit('avg')
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    line = load(model, source)
+    assert line == (
+        "this project's MFF pre-training; left out: decoder, fusion, norm; freshly initialised: fc_norm, "
+        'head of 5 classes'
+    )
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name] if name.startswith(('fc_norm', 'head')) else source[name]), name
+    model = probe_model()
+    assert 'left out: decoder, fusion; freshly initialised: bn, head of 5 classes' in load(model, source)
+    assert torch.equal(model.norm.weight, source['norm.weight'])
+    model = vit('token', 0)
+    assert load(model, source).endswith('left out: decoder, fusion')
+    with torch.no_grad():  # K = 1, nothing masked: the encoder is the same function
+        source = mae(fuse_layers=(2,))
+        load(model, source.state_dict())
+        imgs = torch.randn(2, 3, 32, 32)
+        latent = source.forward_encoder(imgs, 0.0, torch.arange(16.0).expand(2, -1) / 16)[0]
+        assert (model.forward_features(imgs) - latent).abs().max() < 1e-6
+
+
+def test_classifiers_into_classifiers():
+    source = vit('avg').state_dict()
+    model = vit('avg', seed=2)
+    assert load(model, {'model': source}, whole=True) == 'facebookresearch/mae classifier with 5 classes'
+    assert same(model.state_dict(), source)
+    line = load(vit('avg', 7), source)
+    assert line.endswith('left out: head of 5 classes; freshly initialised: head of 7 classes')
+    line = load(vit('avg'), vit('token').state_dict())  # its head was trained on another norm
+    assert line.endswith('left out: norm, head of 5 classes; freshly initialised: fc_norm, head of 5 classes')
+    with pytest.raises(InputError, match='lacks head of 7 classes, needed here; it has head of 5 classes instead'):
+        load(vit('avg', 7), source, whole=True)
+    with pytest.raises(InputError, match='lacks norm.weight and norm.bias .*--global_pool avg'):
+        load(vit('token'), source)
+
+
+def test_continued_pretraining():
+    source = mae(seed=3).state_dict()
+    model = mae()
+    assert load(model, source, whole=True) == "this project's MFF pre-training"
+    assert same(model.state_dict(), source)  # position embeddings too
+    plain = mae(fuse_layers=(2,)).state_dict()
+    assert load(mae(), plain).endswith('pre-training; freshly initialised: fusion')
+    assert load(mae(fuse_layers=(2,)), source).endswith('left out: fusion')
+    model = mae()
+    fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    line = load(model, encoder_of(plain))
+    assert line == 'timm encoder; freshly initialised: decoder, fusion'
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, plain[name] if name in encoder_of(plain) else fresh[name]), name
+    line = load(mae(), vit('avg').state_dict())
+    assert line.endswith('left out: fc_norm, head of 5 classes; freshly initialised: decoder, fusion, norm')
+
+
+def test_never_a_partial_load():
+    source = mae().state_dict()
+
+    def without(name):
+        return {key: tensor for key, tensor in source.items() if key != name}
+
+    for state, message in [
+        (without('blocks.1.attn.proj.bias'), r'lacks blocks\.1\.attn\.proj\.bias$'),
+        (without('norm.bias'), r'lacks norm\.bias$'),
+        (without('decoder_pred.bias'), r'lacks decoder_pred\.bias$'),
+        (without('fuse_projs.0.weight'), r'lacks fuse_projs\.0\.weight'),
+        ({**source, 'blocks.0.ls1.gamma': torch.ones(24)}, r'has not: blocks\.0\.ls1\.gamma$'),
+        ({**source, 'mask_token': torch.ones(1, 1, 8)}, r'mask_token \(\(1, 1, 8\) there, \(1, 1, 16\) here\)'),
+        ({**source, 'norm.bias': 3}, r'norm\.bias is not a tensor'),
+        (mae(patch_size=16).state_dict(), 'patch size 16 x 16, but --model has .* patch size 8 x 8'),
+        (mae(depth=2, fuse_layers=(0, 1)).state_dict(), 'depth 2 .* depth 3'),
+        (mae(embed_dim=48).state_dict(), 'width 48,.* width 24'),
+        (mae(decoder_embed_dim=32).state_dict(), 'differs in shape: (decoder|mask)'),
+        (mae(fuse_layers=(0, 2)).state_dict(), '--fuse_layers must choose as many'),
+    ]:
+        model = mae(seed=5)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(InputError, match=message) as error:
+            load(model, state)
+        assert '\n' not in str(error.value)
+        assert same(model.state_dict(), before)
+
+
+def test_position_embedding_is_resampled():
+    source = mae().state_dict()
+    model = mae(img_size=(16, 48), seed=3)
+    assert load(model, source, whole=True).endswith('position embedding resampled from 4 x 4 to 2 x 6')
+    for name in ('pos_embed', 'decoder_pos_embed'):
+        patches = source[name][:, 1:].reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
+        patches = torch.nn.functional.interpolate(patches, (2, 6), mode='bicubic').flatten(2).transpose(1, 2)
+        expected = torch.cat([source[name][:, :1], patches], 1)
+        assert torch.allclose(getattr(model, name), expected, atol=1e-6)
+
+
+def test_rectangular_source():
+    source = mae(img_size=(16, 72)).state_dict()  # 2 x 9 patches
+    model = vit(img_size=(72, 16))
+    with pytest.raises(InputError, match='18 patches, is of an unknown rectangle'):
+        load(model, source)
+    line = load(model, {'model': source, 'args': {'input_size': [16, 72]}, 'step': 1})
+    assert line.endswith('resampled from 2 x 9 to 9 x 2')
+    expected = resample_abs_pos_embed(source['pos_embed'], [9, 2], [2, 9], antialias=False)
+    assert torch.allclose(model.pos_embed, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize('channels', [1, 2, 4, 7])
+def test_patch_embedding_is_adapted(channels):
+    source = mae().state_dict()
+    expected = adapt_input_conv(channels, source['patch_embed.proj.weight'])
+    model = mae(in_chans=channels, seed=3)
+    line = load(model, source)
+    assert 'freshly initialised: decoder_pred; patch embedding adapted from 3 to' in line
+    assert torch.allclose(model.patch_embed.proj.weight, expected, atol=1e-6)
+    back = adapt_channels(expected, 3)
+    assert back.shape == (24, 3, 8, 8)
+
+
+# --- Export ---------------------------------------------------------------------------------------------------
+
+
+def flags_of(model, input_size=None, in_chans=3, **kwargs):
+    common = {'input_size': input_size, 'in_chans': in_chans, 'mean': None, 'std': None, 'data_path': '/home/me/secret'}
+    return {'model': model, **common, **kwargs}
+
+
+def from_folder(folder):
+    """What timm makes of an exported folder. Its local-dir reads no safetensors before 1.0.26: handed over there."""
+    if tuple(map(int, timm.__version__.split('.')[:3])) >= (1, 0, 26):
+        return timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    overlay = {'source': None, 'file': None, 'state_dict': load_file(folder / 'model.safetensors')}
+    return timm.create_model(f'local-dir:{folder}', pretrained=True, pretrained_cfg_overlay=overlay).eval()
+
+
+def export(state, folder):
+    path = folder / 'checkpoint.pth'
+    torch.save(state, path)
+    run(checkpoint.main, checkpoint.get_parser(), ['export', str(path), str(folder / 'out')])
+    return folder / 'out'
+
+
+@pytest.mark.parametrize('fuse_layers', [None, [11]])
+@pytest.mark.parametrize('size, channels', [(None, 3), ([16, 16], 1), ([12, 20], 4)])
+def test_export_of_pretraining(fuse_layers, size, channels, tmp_path, capsys):
+    from models_mff import create_model
+
+    model = randomise(create_model('mff_vit_tiny_patch4', size, channels, fuse_layers))
+    flags = flags_of(
+        'mff_vit_tiny_patch4', size, channels, fuse_layers=fuse_layers, norm_pix_loss=True, mask_ratio=0.75
+    )
+    flags |= {'mean': [0.4] * channels, 'std': [0.3] * channels}
+    folder = export({'model': model.state_dict(), 'optimizer': {}, 'epoch': 2, 'step': 9, 'args': flags}, tmp_path)
+    assert {path.name for path in folder.iterdir()} == {
+        'model.safetensors',
+        'pretraining.safetensors',
+        'config.json',
+        'README.md',
+    }
+    assert 'local-dir:' in capsys.readouterr().out
+    encoder = from_folder(folder)
+    assert same(encoder.state_dict(), encoder_of(model.state_dict()))  # every key, nothing else
+    assert encoder.num_classes == 0
+    assert tuple(encoder.pretrained_cfg['mean']) == (0.4,) * channels
+    height, width = size or (32, 32)
+    assert tuple(encoder.pretrained_cfg['input_size']) == (channels, height, width)
+    imgs, num_patches = torch.randn(2, channels, height, width), model.patch_embed.num_patches
+    expected = VisionTransformer(
+        (height, width), 4, channels, 0, embed_dim=192, depth=12, num_heads=3, global_pool='token'
+    ).eval()
+    expected.load_state_dict(encoder_of(model.state_dict()))
+    with torch.no_grad():
+        assert (encoder(imgs) - expected(imgs)).abs().max() < 1e-6
+        if fuse_layers:  # plain MAE: the pre-trained model's own latent
+            noise = torch.arange(num_patches).expand(2, -1) / num_patches
+            assert (encoder.forward_features(imgs) - model.forward_encoder(imgs, 0.0, noise)[0]).abs().max() < 1e-6
+    again = randomise(create_model('mff_vit_tiny_patch4', size, channels, fuse_layers))
+    kind = 'MAE' if fuse_layers else 'MFF'
+    line = load_weights(again, folder / 'pretraining.safetensors', whole=True)
+    assert line.endswith(f"this project's {kind} pre-training") and same(again.state_dict(), model.state_dict())
+    assert read_weights(folder / 'model.safetensors')[1] == "this project's pre-training, encoder only"
+    assert b'secret' not in b''.join(path.read_bytes() for path in folder.iterdir())
+    card = (folder / 'README.md').read_text()
+    assert '| fused blocks | ' + ('11 |' if fuse_layers else '0, 2, 4, 6, 8, 11 |') in card and '2 epochs' in card
+
+
+@pytest.mark.parametrize('global_pool', ['avg', 'token', 'probe'])
+def test_export_of_a_classifier(global_pool, tmp_path):
+    sizes = {'img_size': (16, 24), 'patch_size': 4, 'embed_dim': 192, 'depth': 12, 'num_heads': 3}
+    model = vit('avg' if global_pool == 'avg' else 'token', 3, **sizes)
+    if global_pool == 'probe':
+        model.fc_norm = torch.nn.BatchNorm1d(192, affine=False, eps=1e-6)
+        model.fc_norm.running_mean.normal_(), model.fc_norm.running_var.uniform_(0.5, 2)
+    model.eval()
+    state = model.state_dict()
+    flags = flags_of('vit_tiny_patch4', [16, 24], mean=[0.1, 0.2, 0.3], std=[1.0, 1.0, 1.0], global_pool=global_pool)
+    classes = ['cat', 'dog', 'owl']
+    folder = export({'model': state, 'epoch': 1, 'step': 2, 'classes': classes, 'args': flags}, tmp_path)
+    classifier = from_folder(folder)
+    imgs = torch.randn(4, 3, 16, 24)
+    with torch.no_grad():
+        assert (classifier(imgs) - model(imgs)).abs().max() < (1e-5 if global_pool == 'probe' else 1e-6)
+    if global_pool != 'probe':
+        assert same(classifier.state_dict(), model.state_dict())
+    config = json.loads((folder / 'config.json').read_text())
+    assert config['label_names'] == classes and config['num_classes'] == 3
+    assert tuple(classifier.pretrained_cfg['label_names']) == ('cat', 'dog', 'owl')
+    assert tuple(classifier.pretrained_cfg['mean']) == (0.1, 0.2, 0.3)
+    assert not (folder / 'pretraining.safetensors').exists()
+
+
+def test_export_of_a_run(pretrain, tmp_path):
+    output_dir = pretrain('run', '--epochs', '1').output_dir
+    done = command('-m', 'util.checkpoint', 'export', output_dir / 'checkpoint-last.pth', tmp_path / 'out')
+    assert done.returncode == 0, done.stderr
+    encoder = from_folder(tmp_path / 'out')
+    assert encoder(torch.zeros(1, 3, 16, 16)).shape == (1, 192)
+
+
+def test_export_mistakes_get_one_line_and_code_2(tmp_path, capsys):
+    (tmp_path / 'broken.pth').write_text('nothing')
+    state = vit(num_classes=3, img_size=32, patch_size=4, embed_dim=192, depth=12).state_dict()
+    saved(tmp_path / 'bare.pth', state)
+    saved(tmp_path / 'model.pth', {'model': state, 'args': flags_of('resnet')})
+    saved(tmp_path / 'size.pth', {'model': state, 'args': flags_of('vit_small_patch16')})
+    saved(tmp_path / 'classes.pth', {'model': state, 'classes': ['a'], 'args': flags_of('vit_tiny_patch4')})
+    saved(tmp_path / 'good.pth', {'model': state, 'args': flags_of('vit_tiny_patch4')})
+    for name, message in [
+        ('missing.pth', 'No such file'),
+        ('broken.pth', 'not a whole checkpoint'),
+        ('bare.pth', 'not a checkpoint of this project'),
+        ('model.pth', 'of an unknown model, resnet'),
+        ('size.pth', 'do not fit vit_small_patch16'),
+        ('classes.pth', 'head has 3 classes, but it names 1'),
+        ('good.pth', 'cannot write there'),
+    ]:
+        out = '/dev/null/out' if name == 'good.pth' else tmp_path / 'out'
+        with pytest.raises(SystemExit) as exit:
+            run(checkpoint.main, checkpoint.get_parser(), ['export', str(tmp_path / name), str(out)])
+        printed = capsys.readouterr().err
+        assert exit.value.code == 2
+        assert message in printed and re.fullmatch(r'[^\n]*error: [^\n]+\n', printed), printed
+    assert not (tmp_path / 'out').exists()
