@@ -36,7 +36,7 @@ def get_parser():
         '--aa',
         type=augmentation,
         default='rand-m9-mstd0.5-inc1',
-        help="RandAugment in timm's spelling, or none (default: %(default)s)",
+        help='RandAugment of timm, or none (default: %(default)s)',
     )
     add('--reprob', type=ratio, default=0.25, help='probability of random erasing (default: %(default)s)')
     add('--mixup', type=rate, default=0.8, help='alpha of Mixup, 0: off (default: %(default)s)')

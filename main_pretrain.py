@@ -103,7 +103,8 @@ def draw_reconstruction(model, samples, statistics, args, log, step, count=8):
     """reconstruction.png and TensorBoard: images spread over a data set, always the same with the same masks."""
     from util.visualize import reconstruction_figure  # matplotlib is needed only here
 
-    keys = [(0, i * len(samples) // count) for i in range(min(count, len(samples)))]
+    count = min(count, len(samples))
+    keys = [(0, (i * len(samples) // count + i) % len(samples)) for i in range(count)]  # + i: of different classes
     images, noise = torch.utils.data.default_collate([samples[key] for key in keys])
     imgs, noise = (x.to(model.pos_embed.device) for x in (transforms.normalise(images, *statistics), noise))
     figure = reconstruction_figure(model, imgs, statistics, args.mask_ratio, noise)

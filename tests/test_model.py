@@ -252,6 +252,9 @@ def test_sizes():
     assert base.fuse_layers == (0, 2, 4, 6, 8, 11)
     assert len(base.decoder_blocks) == 8 and base.decoder_embed.out_features == 512
     assert base.decoder_blocks[0].attn.num_heads == 16
+    small = MODELS['mff_vit_small_patch16'].keywords
+    assert small['fuse_layers'] == (3, 5, 7, 11)
+    assert (small['decoder_embed_dim'], small['decoder_num_heads']) == (384, 12) and 'decoder_depth' not in small
     assert MODELS['mff_vit_large_patch16'].keywords['fuse_layers'] == (0, 4, 8, 12, 16, 20, 23)
     assert MODELS['mff_vit_huge_patch14'].keywords['fuse_layers'] == (0, 4, 8, 12, 16, 20, 24, 28, 31)
 

@@ -1,13 +1,18 @@
 """Runs of main_pretrain.py, whole: what they write, and that their course depends on nothing but the recipe."""
 
+import math
 import re
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import Result, command
 
 import main_pretrain
-from util import checkpoint
+from engine import make_plan
+from models_mff import create_model
+from util import checkpoint, data, transforms, visualize
 from util.args import run
 
 
@@ -97,9 +102,119 @@ def test_mixed_precision_follows_fp32(pretrain, amp):
     assert ('loss_scale' in mixed.entries[0]) == (amp == 'fp16')
 
 
-def test_clipping_bounds_the_update(pretrain):
-    free, clipped = pretrain('free'), pretrain('clipped', '--clip_grad', '0.01')
-    assert free.losses[1] == clipped.losses[1] and free.losses[12] != clipped.losses[12]
+def test_clipping_bounds_the_gradient(pretrain, monkeypatch):
+    norms = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self, *args, **kwargs):
+            gradients = [p.grad.flatten() for group in self.param_groups for p in group['params']]
+            norms.append(torch.cat(gradients).double().norm().item())
+            return super().step(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim, 'AdamW', Watched)
+    free = pretrain('free', '--epochs', '1')
+    assert norms == pytest.approx([entry['grad_norm'] for entry in free.entries if 'loss' in entry], rel=1e-4)
+    norms.clear()
+    pretrain('clipped', '--epochs', '1', '--clip_grad', '0.01', '--batch_size', '4')
+    assert norms == pytest.approx([0.01] * 4, rel=1e-3)
+
+
+def test_flags_reach_the_optimiser(pretrain):
+    flags = '--lr 2e-3 --min_lr 5e-4 --epochs 4 --warmup_epochs 2 --weight_decay 0.07 --betas 0.8 0.9'
+    result = pretrain('run', *flags.split())
+    rates = [entry['lr'] for entry in result.entries if 'loss' in entry]
+    assert rates[:8] == pytest.approx([2e-3 * (1e-4 + (1 - 1e-4) * step / 7) for step in range(8)])
+    cosine = [5e-4 + 1.5e-3 * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
+    assert rates[8:] == pytest.approx(cosine)
+    groups = result.checkpoint['optimizer']['param_groups']
+    assert sorted(group['weight_decay'] for group in groups) == [0.0, 0.07]
+    assert all(tuple(group['betas']) == (0.8, 0.9) for group in groups)
+    args = main_pretrain.get_parser().parse_args(['--data_path', 'x', '--total_batch_size', '16', '--blr', '0.016'])
+    args.output_dir = str(result.output_dir / 'plan')
+    model = create_model('mff_vit_tiny_patch4', 16)
+    assert make_plan(args, 64, model).lr == pytest.approx(0.016 * 16 / 256)
+
+
+def test_validation_loss_is_that_of_the_validation_images(pretrain, folder):
+    result = pretrain('run', '--epochs', '1', '--batch_size', '8')
+    model, _ = visualize.load_model(result.output_dir / 'checkpoint-last.pth')
+    source = data.open_source(str(folder), 'val', size=(16, 16))
+    samples = data.Samples(source, transforms.centre_transform((16, 16)), model.patch_embed.num_patches)
+    losses = []
+    for index in range(20):
+        image, noise = samples[0, index]
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        img = (image / 255 - mean[:, None, None]) / std[:, None, None]
+        losses.append(model(img[None], 0.75, noise[None])[0].item())
+    assert result.entries[-1]['val_loss'] == pytest.approx(sum(losses) / 20, rel=1e-5)
+
+
+def test_divergence_stops_and_keeps_the_checkpoint(pretrain, capsys):
+    before = pretrain('run', '--epochs', '1').checkpoint
+    with pytest.raises(SystemExit) as exit:
+        pretrain('run', '--epochs', '2', '--lr', '1e30', '--warmup_epochs', '0', '--force_resume')
+    assert exit.value.code == 1
+    error = capsys.readouterr().err
+    assert '--amp bf16' in error and error.count('\n') == 1
+    after = Result(Path(before['args']['output_dir'])).checkpoint
+    assert all(tensor.isfinite().all() for tensor in after['model'].values())
+
+
+def test_checkpoints_are_due(monkeypatch, tmp_path):
+    """Every N steps, minutes or epochs, on a clock of our own: a step takes 20 s and saving 3 s."""
+    for every, expected in [
+        ((4, ''), [4, 8, 12, 15, 16, 20]),
+        ((1.5, 'min'), [5, 10, 15, 20]),
+        ((0.9, 'min'), [3, 6, 9, 12, 15, 18, 20]),
+        ((2, 'ep'), [10, 20]),
+    ]:
+        now, saved = [0.0], []
+        monkeypatch.setattr('time.monotonic', lambda now=now: now[0])
+
+        def save(state, output_dir, name, now=now, saved=saved):
+            saved.append(state['step'])
+            now[0] += 3
+
+        monkeypatch.setattr(checkpoint, 'save', save)
+        args = Namespace(save_every=every, keep_every=None, output_dir=str(tmp_path))
+        layer = torch.nn.Linear(1, 1)
+        saver = checkpoint.Saver(args, 5, layer, torch.optim.SGD(layer.parameters()), torch.amp.GradScaler('cpu'), {})
+        for step in range(1, 21):
+            now[0] += 20
+            saver(step)
+            if step % 5 == 0:
+                saver.end_of_epoch(step, last=step == 20)
+        assert saved == expected, every
+
+
+def test_kept_checkpoints(pretrain):
+    result = pretrain('run', '--keep_every', '2', '--epochs', '4')
+    steps = {path.name: torch.load(path, weights_only=True)['step'] for path in result.output_dir.glob('*.pth')}
+    assert steps['checkpoint-0002.pth'] == 8 and steps['checkpoint-0004.pth'] == steps['checkpoint-last.pth'] == 16
+
+
+def test_a_broken_image_is_replaced_with_a_warning(pretrain, folder, tmp_path):
+    images = sorted((folder / 'train').rglob('*.png'))
+    (tmp_path / 'broken.png').write_bytes(images[5].read_bytes()[:60])
+    (tmp_path / 'list.txt').write_text('\n'.join([*map(str, images[:40]), 'broken.png']))
+    with pytest.warns(UserWarning, match='broken.png.*the next image takes its place'):
+        result = pretrain('run', '--data_path', str(tmp_path / 'list.txt'), '--total_batch_size', '41', '--epochs', '1')
+    assert len(result.losses) == 1
+
+
+def test_resume_notices_other_data(pretrain, folder, capsys):
+    pretrain('run', '--epochs', '1')
+    with pytest.raises(SystemExit):
+        pretrain('run', '--epochs', '1', '--data_path', str(folder / 'val'))
+    assert '64 -> 20 images' in capsys.readouterr().err
+
+
+def test_fp16_resumes_exactly(pretrain):
+    whole = pretrain('whole', '--amp', 'fp16', '--epochs', '2')
+    pretrain('cut', '--amp', 'fp16', '--epochs', '2', '--keep_every', '1')
+    half = str(whole.output_dir.parent / 'cut/checkpoint-0001.pth')
+    resumed = pretrain('again', '--amp', 'fp16', '--epochs', '2', '--resume', half, '--force_resume')
+    assert resumed.losses == {step: loss for step, loss in whole.losses.items() if step > 4}
 
 
 def test_rectangles_greyscale_and_mae_crop(pretrain):
@@ -111,8 +226,6 @@ def test_rectangles_greyscale_and_mae_crop(pretrain):
 
 def test_visualize_reads_the_checkpoint(pretrain, folder, tmp_path):
     from PIL import Image
-
-    from util import visualize
 
     output_dir = pretrain('run', '--epochs', '1').output_dir
     image = next((folder / 'val').rglob('*.png'))

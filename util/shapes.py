@@ -68,7 +68,7 @@ class Shapes:
 
     def __init__(self, split='train', size=(32, 32), length=None):
         self.stream, self.size = ['train', 'val'].index(split), size
-        self.length = length or (8000, 1000)[self.stream]
+        self.length = length or (6400, 1000)[self.stream]
 
     def __len__(self):
         return self.length
