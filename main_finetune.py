@@ -107,7 +107,7 @@ def predict(args):
     """Print the most probable classes of images, by a fine-tuned checkpoint of this project, which knows its flags."""
     if not args.init_from:
         raise InputError('--predict needs a fine-tuned checkpoint: --init_from CHECKPOINT')
-    state = checkpoint.load(args.init_from)
+    state = checkpoint.read_file(args.init_from)
     if not {'classes', 'args', 'model'} <= state.keys():
         raise InputError(f'{args.init_from}: not a fine-tuned checkpoint of this project, which would name the classes')
     flags, classes = argparse.Namespace(**state['args']), state['classes']

@@ -542,7 +542,7 @@ def test_export_mistakes_get_one_line_and_code_2(tmp_path, capsys):
     saved(tmp_path / 'good.pth', {'model': state, 'args': flags_of('vit_tiny_patch4')})
     for name, message in [
         ('missing.pth', 'No such file'),
-        ('broken.pth', 'not a whole checkpoint'),
+        ('broken.pth', 'not a weights file'),
         ('bare.pth', 'not a checkpoint of this project'),
         ('model.pth', 'of an unknown model, resnet'),
         ('size.pth', 'do not fit vit_small_patch16'),

@@ -269,7 +269,7 @@ MISTAKES = {
     'an image file gives 1 or 3 channels': ['--in_chans', '4'],
     'cannot write there': ['--output_dir', '/dev/null/output'],
     'missing.pth: No such file': ['--resume', 'missing.pth'],
-    'not a whole checkpoint': ['--resume', '{broken}/0.jpg'],
+    'not a weights file': ['--resume', '{broken}/0.jpg'],
     "No such file or directory: 'missing.txt'": ['@missing.txt'],
     'no such device': ['--device', 'abacus'],
 }

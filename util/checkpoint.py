@@ -8,12 +8,11 @@ Saving and resuming are here; the weights of any origin come in through util/wei
 import os
 import tempfile
 import time
-import zipfile
 
 import torch
 
 from util.args import ArgumentParser, InputError, run
-from util.weights import convert_state_dict, load_weights, read_weights  # noqa: F401 (the mains' way to them)
+from util.weights import convert_state_dict, load_weights, read_file, read_weights  # noqa: F401 (the mains' way to them)
 
 LAST, PREVIOUS, BEST = 'checkpoint-last.pth', 'checkpoint-previous.pth', 'checkpoint-best.pth'
 
@@ -111,30 +110,10 @@ def make_output_dir(path):
         raise InputError(f'--output_dir {path}: cannot write there ({error.strerror})') from None
 
 
-def load(path):
-    """Read a checkpoint to the CPU, as data: nothing in the file is executed, every byte is checked.
-
-    Raises:
-        InputError: if it is missing, damaged, or holds more than tensors, numbers and strings.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise InputError(f'{path}: damaged at {damaged}')
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except OSError as error:
-        raise InputError(f'{path}: {error.strerror}') from None
-    except InputError:
-        raise
-    except Exception as error:  # the zip and pickle readers raise many kinds
-        raise InputError(f'{path}: not a whole checkpoint ({str(error).splitlines()[0]})') from None
-
-
 def load_run(path):
-    """load(path), if it is a checkpoint of a training run of this project. Raises InputError."""
-    state = load(path)
-    if not isinstance(state, dict) or not {'model', 'optimizer', 'scaler', 'step', 'args'} <= state.keys():
+    """Read a checkpoint of a training run of this project. Raises InputError, as read_file does, or if it is none."""
+    state = read_file(path)
+    if not {'model', 'optimizer', 'scaler', 'step', 'args'} <= state.keys():
         raise InputError(f'{path}: not a checkpoint of a training run of this project')
     return state
 

@@ -42,7 +42,7 @@ def export(path, output_dir):
     Raises:
         InputError: if path is not such a checkpoint, or output_dir cannot be written.
     """
-    state = checkpoint.load(path)
+    state = checkpoint.read_file(path)
     flags = state.get('args') if isinstance(state, dict) else None
     if not isinstance(flags, dict) or not isinstance(state.get('model'), dict) or 'model' not in flags:
         raise InputError(f'{path}: not a checkpoint of this project; only these can be exported')
