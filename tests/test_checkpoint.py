@@ -468,7 +468,7 @@ def test_export_of_pretraining(fuse_layers, size, channels, tmp_path, capsys):
     folder = export({'model': model.state_dict(), 'optimizer': {}, 'epoch': 2, 'step': 9, 'args': flags}, tmp_path)
     assert {path.name for path in folder.iterdir()} == {
         'model.safetensors',
-        'pretraining.safetensors',
+        'pretraining',
         'config.json',
         'README.md',
     }
@@ -491,7 +491,7 @@ def test_export_of_pretraining(fuse_layers, size, channels, tmp_path, capsys):
             assert (encoder.forward_features(imgs) - model.forward_encoder(imgs, 0.0, noise)[0]).abs().max() < 1e-6
     again = randomise(create_model('mff_vit_tiny_patch4', size, channels, fuse_layers))
     kind = 'MAE' if fuse_layers else 'MFF'
-    line = load_weights(again, folder / 'pretraining.safetensors', whole=True)
+    line = load_weights(again, folder / 'pretraining/model.safetensors', whole=True)
     assert line.endswith(f"this project's {kind} pre-training") and same(again.state_dict(), model.state_dict())
     assert read_weights(folder / 'model.safetensors')[1] == "this project's pre-training, encoder only"
     assert b'secret' not in b''.join(path.read_bytes() for path in folder.iterdir())
@@ -521,7 +521,7 @@ def test_export_of_a_classifier(global_pool, tmp_path):
     assert config['label_names'] == classes and config['num_classes'] == 3
     assert tuple(classifier.pretrained_cfg['label_names']) == ('cat', 'dog', 'owl')
     assert tuple(classifier.pretrained_cfg['mean']) == (0.1, 0.2, 0.3)
-    assert not (folder / 'pretraining.safetensors').exists()
+    assert not (folder / 'pretraining/model.safetensors').exists()
 
 
 def test_export_of_a_run(pretrain, tmp_path):

@@ -33,7 +33,8 @@ def export(path, output_dir):
     """Write a pre-training or fine-tuning checkpoint of this project as a folder for timm.
 
     model.safetensors and config.json: the encoder (class token after the pre-training norm, no head), or the
-    classifier with its class names. pretraining.safetensors: the whole model with decoder and fusion, for load_weights.
+    classifier with its class names. pretraining/model.safetensors: the whole model, for
+    load_weights.
     README.md: a model card.
 
     Returns:
@@ -67,7 +68,8 @@ def export(path, output_dir):
         os.makedirs(output_dir, exist_ok=True)
         save_tensors(encoder, os.path.join(output_dir, files[0]), metadata)
         if pretraining:
-            files.append('pretraining.safetensors')
+            files.append('pretraining/model.safetensors')  # apart: timm takes the only one beside config.json
+            os.makedirs(os.path.join(output_dir, 'pretraining'), exist_ok=True)
             save_tensors(whole, os.path.join(output_dir, files[-1]), metadata)
         for file_name, text in zip(files[1:], [json.dumps(config, indent=2), model_card(name, flags, state, config)]):
             with open(os.path.join(output_dir, file_name), 'w', encoding='utf-8') as file:
@@ -177,7 +179,10 @@ def model_card(name, flags, state, config):
         '```',
     ]
     if pretraining:
-        lines += ['', '`pretraining.safetensors` is the whole model with its decoder, for continued pre-training.']
+        lines += [
+            '',
+            '`pretraining/model.safetensors` is the whole model with its decoder, for continued pre-training.',
+        ]
     return '\n'.join(lines)
 
 
