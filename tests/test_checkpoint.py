@@ -494,7 +494,7 @@ def test_export_of_pretraining(fuse_layers, size, channels, tmp_path, capsys):
     line = load_weights(again, folder / 'pretraining/model.safetensors', whole=True)
     assert line.endswith(f"this project's {kind} pre-training") and same(again.state_dict(), model.state_dict())
     assert read_weights(folder / 'model.safetensors')[1] == "this project's pre-training, encoder only"
-    assert b'secret' not in b''.join(path.read_bytes() for path in folder.iterdir())
+    assert b'secret' not in b''.join(path.read_bytes() for path in folder.rglob('*') if path.is_file())
     card = (folder / 'README.md').read_text()
     assert '| fused blocks | ' + ('11 |' if fuse_layers else '0, 2, 4, 6, 8, 11 |') in card and '2 epochs' in card
 

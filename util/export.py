@@ -34,8 +34,7 @@ def export(path, output_dir):
 
     model.safetensors and config.json: the encoder (class token after the pre-training norm, no head), or the
     classifier with its class names. pretraining/model.safetensors: the whole model, for
-    load_weights.
-    README.md: a model card.
+    load_weights. README.md: a model card.
 
     Returns:
         A few lines for people: what was written and how to load it.
