@@ -4,7 +4,7 @@
     python main_finetune.py --eval --init_from mae_finetuned_vit_base.pth --data_path IMAGENET
     python main_finetune.py --predict IMAGE ... --init_from output/vit_base_finetune/checkpoint-best.pth
 
-The classifier is timm's VisionTransformer; --init_from reads every known checkpoint (util/checkpoint.py). Resuming,
+The classifier is timm's VisionTransformer; --init_from reads every known checkpoint (util/weights.py). Resuming,
 processes and recipes are as in main_pretrain.py.
 """
 
@@ -119,10 +119,7 @@ def predict(args):
     transform = transforms.centre_transform(model.patch_embed.img_size, flags.crop_pct, transforms.BICUBIC)
     statistics = transforms.pixel_statistics(flags)
     for path in args.predict:
-        try:
-            image = transform(transforms.read_image(path, flags.in_chans))
-        except (OSError, ValueError) as error:
-            raise InputError(f'{path}: cannot be read ({error})') from None
+        image = transform(transforms.read_given_image(path, flags.in_chans))
         imgs = transforms.normalise(image[None].to(device), *statistics)
         probabilities, indices = model(imgs)[0].softmax(0).topk(min(5, len(classes)))
         top = {classes[index]: round(p, 4) for p, index in zip(probabilities.tolist(), indices.tolist())}

@@ -11,6 +11,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 import main_finetune
 import main_linprobe
 import main_pretrain
+from util import checkpoint
 from util.args import run
 from util.shapes import Shapes
 
@@ -61,6 +62,28 @@ def finetune(small_run, tmp_path):
 def linprobe(small_run, tmp_path):
     """linprobe(name, *flags) -> Result of a small run of main_linprobe in this process."""
     return runner(main_linprobe, small_run, tmp_path, '--model', 'vit_tiny_patch4', '--lr', '0.5')
+
+
+@pytest.fixture
+def kill_after_saving(monkeypatch):
+    """kill_after_saving(start, ...): start(...), ended right after it has written its first checkpoint."""
+
+    class Killed(Exception):
+        pass
+
+    save = checkpoint.save
+
+    def save_and_die(*arguments):
+        save(*arguments)
+        raise Killed
+
+    def run_until_saved(start, *arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, 'save', save_and_die)
+            with pytest.raises(Killed):
+                start(*arguments)
+
+    return run_until_saved
 
 
 def runner(job, small_run, tmp_path, *defaults):

@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 import main_finetune
 import main_linprobe
 from models_mff import create_encoder
-from util import checkpoint, data, transforms
+from util import data, transforms
 from util.checkpoint import convert_state_dict
 from util.optim import param_groups
 
@@ -170,21 +170,12 @@ def test_fine_tuning_learns_and_keeps_the_best(finetune, folder):
 
 
 @pytest.mark.parametrize('job', ['finetune', 'linprobe'])
-def test_workers_and_interruptions_change_nothing(job, request, monkeypatch):
+def test_workers_and_interruptions_change_nothing(job, request, kill_after_saving):
     start = request.getfixturevalue(job)
     flags = STRONG if job == 'finetune' else []
     whole = start('whole', *flags)
     assert start('workers', *flags, '--num_workers', '2').losses == whole.losses
-
-    def save_and_die(state, output_dir, name):
-        save(state, output_dir, name)
-        raise InterruptedError
-
-    save = checkpoint.save
-    monkeypatch.setattr(checkpoint, 'save', save_and_die)
-    with pytest.raises(InterruptedError):
-        start('cut', *flags, '--save_every', '6')
-    monkeypatch.setattr(checkpoint, 'save', save)
+    kill_after_saving(start, 'cut', *flags, '--save_every', '6')
     resumed = start('cut', *flags)
     assert resumed.losses == whole.losses
     for name, tensor in whole.checkpoint['model'].items():

@@ -66,21 +66,9 @@ def test_number_of_processes_changes_nothing(pretrain, small_run, tmp_path, accu
             assert torch.allclose(tensor, theirs[name], atol=2e-5), name
 
 
-def test_resumed_in_mid_epoch_is_uninterrupted(pretrain, monkeypatch):
+def test_resumed_in_mid_epoch_is_uninterrupted(pretrain, kill_after_saving):
     whole = pretrain('whole')
-
-    class Killed(Exception):
-        pass
-
-    def save_and_die(state, output_dir, name):
-        save(state, output_dir, name)
-        raise Killed
-
-    save = checkpoint.save
-    monkeypatch.setattr(checkpoint, 'save', save_and_die)
-    with pytest.raises(Killed):
-        pretrain('cut', '--save_every', '3', '--num_workers', '1')
-    monkeypatch.setattr(checkpoint, 'save', save)
+    kill_after_saving(pretrain, 'cut', '--save_every', '3', '--num_workers', '1')
     resumed = pretrain('cut', '--num_workers', '2', '--batch_size', '16')
     assert resumed.losses == whole.losses  # 12 steps, each once
     for name, tensor in whole.checkpoint['model'].items():

@@ -48,6 +48,16 @@ def read_image(path, in_chans=3):
         raise ValueError(f'{path}: {" ".join(str(error).split())}') from None
 
 
+def read_given_image(path, in_chans=3):
+    """read_image of a path that a user typed. Raises InputError if it cannot be read."""
+    try:
+        return read_image(path, in_chans)
+    except OSError as error:
+        raise InputError(f'{path}: {error.strerror}') from None
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
 def pil_to_tensor(image, in_chans):
     """PIL image of any mode -> uint8 (in_chans, H, W), as read_image describes."""
     if in_chans not in (1, 3):

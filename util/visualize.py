@@ -107,12 +107,7 @@ def main(args):
         model, flags = load_model(args.checkpoint)
         statistics = transforms.pixel_statistics(flags)
         transform = transforms.centre_transform(model.patch_embed.img_size)
-        images = []
-        for path in args.images:
-            try:
-                images.append(transform(transforms.read_image(path, flags.in_chans)))
-            except (OSError, ValueError) as error:
-                raise InputError(f'{path}: cannot be read ({error})') from None
+        images = [transform(transforms.read_given_image(path, flags.in_chans)) for path in args.images]
         imgs = transforms.normalise(torch.stack(images), *statistics)
         noise = torch.rand(len(imgs), model.patch_embed.num_patches, generator=torch.Generator().manual_seed(args.seed))
         mask_ratio = flags.mask_ratio if args.mask_ratio is None else args.mask_ratio
