@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from util import checkpoint, data, distributed, optim, transforms
-from util.args import InputError
+from util.args import INTERRUPTED, InputError
 from util.log import Log
 
 
@@ -20,7 +20,7 @@ class Plan:
     """What flags, data and processes come to."""
 
     args: object
-    num_images: int
+    source: object  # the training images
     rank: int
     world_size: int
     batch_size: int  # images on a device at a time
@@ -30,7 +30,9 @@ class Plan:
     warmup_steps: int
     lr: float  # at its peak
     start: int = 0  # optimiser steps already done
+    lock: object = None  # holds --output_dir
     state: dict | None = None  # the checkpoint to go on from
+    skipped: list = field(default_factory=list)  # the latest steps in a row whose loss or gradient was not finite
     record: dict = field(default_factory=dict)  # numbers and strings that every checkpoint holds beside the states
 
     def lr_at(self, step, lr_scale=1.0):
@@ -39,7 +41,7 @@ class Plan:
     def batch_keys(self):
         """The samples that this process sees, from the first step of this run to the last."""
         return data.BatchStream(
-            self.num_images,
+            len(self.source),
             self.args.total_batch_size,
             self.batch_size,
             self.args.seed,
@@ -49,17 +51,24 @@ class Plan:
             self.world_size,
         )
 
+    def images_of(self, step):
+        """Names of the images of one step, on all processes."""
+        total, seed = self.args.total_batch_size, self.args.seed
+        (keys,) = data.BatchStream(len(self.source), total, total, seed, step, step + 1)
+        return [data.name_of(self.source, index) for _, index in keys]
+
     def __str__(self):
         return (
-            f'{self.num_images} images; total batch {self.args.total_batch_size} = {self.batch_size} x '
+            f'{len(self.source)} images; total batch {self.args.total_batch_size} = {self.batch_size} x '
             f'{self.world_size} processes x {self.accumulation} accumulated; peak learning rate {self.lr:.3g}; '
             f'steps {self.start} to {self.total_steps}'
         )
 
 
-def make_plan(args, num_images, model):
+def make_plan(args, source, model):
     """Derive the plan, create --output_dir, and find the checkpoint to go on from. Raises InputError."""
     rank, world_size = distributed.world()
+    num_images = len(source)
     steps_per_epoch = num_images // args.total_batch_size
     if not steps_per_epoch:
         raise InputError(
@@ -74,10 +83,12 @@ def make_plan(args, num_images, model):
         raise InputError(f'--min_lr {args.min_lr:g} is more than the learning rate, {lr:g}')
     total_steps, warmup_steps = args.epochs * steps_per_epoch, int(args.warmup_epochs * steps_per_epoch)
     plan = Plan(
-        args, num_images, rank, world_size, batch_size, accumulation, steps_per_epoch, total_steps, warmup_steps, lr
+        args, source, rank, world_size, batch_size, accumulation, steps_per_epoch, total_steps, warmup_steps, lr
     )
     plan.record['num_images'] = num_images
     checkpoint.make_output_dir(args.output_dir)
+    if rank == 0:
+        plan.lock = checkpoint.lock(args.output_dir)
     plan.state = checkpoint.find(args.resume, args.output_dir)
     if plan.state is not None:
         checkpoint.check_same_run(plan.state, args, model, num_images)
@@ -102,27 +113,42 @@ def train(plan, model, optimizer, scaler, loss_fn, loader, title, end_of_epoch, 
     """
     args = plan.args
     distributed.check_equal(plan.start, 'the step of the checkpoint to go on from; is --output_dir shared?')
-    distributed.check_equal(plan.num_images, 'the number of images')
+    distributed.check_equal(len(plan.source), 'the number of images')
     if plan.state is not None:
         checkpoint.restore(plan.state, model, optimizer, scaler)
         plan.state = None
     network = distributed.wrap(model, loader.device, args.compile)
     log = Log(args.output_dir, plan.total_steps, plan.start, args, enabled=plan.rank == 0)
     log.say(f'{title}; {plan} on {loader.device.type}')
-    saver = checkpoint.Saver(args, plan.steps_per_epoch, model, optimizer, scaler, plan.record, plan.rank == 0)
+    saver = checkpoint.Saver(args, plan.steps_per_epoch, model, optimizer, scaler, plan.record, log.say, plan.rank == 0)
 
     def close_epoch(step):
         if end_of_epoch(step // plan.steps_per_epoch, step, log):
             saver.save(step, best=True)
 
-    if plan.start and plan.start % plan.steps_per_epoch == 0:  # it may have been cut off in there
-        close_epoch(plan.start)
-    batches = iter(loader)
-    for epoch in range(plan.start // plan.steps_per_epoch, args.epochs):
-        steps = range(max(plan.start, epoch * plan.steps_per_epoch), (epoch + 1) * plan.steps_per_epoch)
-        train_one_epoch(plan, network, batches, loss_fn, optimizer, scaler, steps, log, extra, saver)
-        saver.end_of_epoch(steps.stop, last=epoch + 1 == args.epochs)
-        close_epoch(steps.stop)
+    with distributed.StopRequest() as stop_request:
+
+        def after_step(step):
+            if stop_request.agreed():
+                saver.save_now(step)
+                log.say(
+                    f'Stopped after step {step} of {plan.total_steps}, and saved; the same command goes on from there'
+                )
+                log.close()
+                raise SystemExit(INTERRUPTED)
+            saver(step)
+
+        if plan.start and plan.start % plan.steps_per_epoch == 0:  # it may have been cut off in there
+            close_epoch(plan.start)
+        batches = iter(loader)
+        for epoch in range(plan.start // plan.steps_per_epoch, args.epochs):
+            steps = range(max(plan.start, epoch * plan.steps_per_epoch), (epoch + 1) * plan.steps_per_epoch)
+            train_one_epoch(plan, network, batches, loss_fn, optimizer, scaler, steps, log, extra, after_step)
+            if epoch + 1 < args.epochs:
+                saver.end_of_epoch(steps.stop)
+            else:
+                saver.save_now(steps.stop)
+            close_epoch(steps.stop)
     log.close()
     distributed.stop()
 
@@ -130,16 +156,18 @@ def train(plan, model, optimizer, scaler, loss_fn, loader, title, end_of_epoch, 
 def train_one_epoch(plan, model, batches, loss_fn, optimizer, scaler, steps, log, extra=None, after_step=None):
     """Run the optimiser steps `steps`, a range counted from the start of training. Arguments as for train.
 
+    A step whose loss or gradient is not finite leaves the weights as they are, on all processes, and is counted.
+
     Raises:
-        FloatingPointError: if the loss that is about to be logged is not finite.
+        FloatingPointError: if that happens MAX_SKIPPED times in a row.
     """
     args = plan.args
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    loss_sum, logged, waited, began = 0.0, steps.start, 0.0, time.perf_counter()
+    losses, norms, waited, began = [], [], 0.0, time.perf_counter()
     for step in steps:
         optim.set_learning_rate(optimizer, plan.lr_at, step)
-        due = (step + 1) % args.log_every == 0 or step + 1 == steps.stop
+        losses.append(0.0)
         for micro_step in range(plan.accumulation):
             waiting = time.perf_counter()
             batch = next(batches)
@@ -149,37 +177,58 @@ def train_one_epoch(plan, model, batches, loss_fn, optimizer, scaler, steps, log
             data.seed_generators(args.seed, step, chunk, device=batch[0].device)
             with distributed.no_sync(model, skip=micro_step < plan.accumulation - 1):
                 loss = loss_fn(model, batch) / plan.accumulation
-                scaler.scale(loss).backward()
-            loss_sum = loss_sum + loss.detach()
-        if args.clip_grad or due:
-            scaler.unscale_(optimizer)
-            grad_norm = get_total_norm([p.grad for p in parameters])
-            if args.clip_grad:
-                clip_grads_with_norm_(parameters, args.clip_grad, grad_norm)
-        scaler.step(optimizer)
+                finite = loss.detach() * 0 + 1  # 1, or nan: with it a gradient is not finite where the loss is not
+                scaler.scale(loss * finite).backward()
+            losses[-1] = losses[-1] + loss.detach()
+        scaler.unscale_(optimizer)
+        norms.append(get_total_norm([p.grad for p in parameters]))  # after summing: the same on all processes
+        if args.clip_grad:
+            clip_grads_with_norm_(parameters, args.clip_grad, norms[-1])
+        scaler.step(optimizer)  # unless a gradient is not finite
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         log.advance()
 
-        if due:  # the only place that waits for the device
-            num_steps = step + 1 - logged
-            loss = distributed.sum_over_processes(loss_sum).item() / plan.world_size / num_steps
-            if not math.isfinite(loss):
-                raise FloatingPointError(f'the loss is {loss} at step {step + 1}')
-            seconds = time.perf_counter() - began
+        if (step + 1) % args.log_every == 0 or step + 1 == steps.stop:  # the only place that waits for the device
+            num_steps, seconds = len(losses), time.perf_counter() - began
+            losses = (distributed.sum_over_processes(torch.stack(losses)) / plan.world_size).tolist()
+            norms = torch.stack(norms).tolist()
+            good = [index for index, norm in enumerate(norms) if math.isfinite(norm)]
             values = {
-                'loss': loss,
+                'loss': sum(losses[index] for index in good) / len(good) if good else math.nan,
                 'lr': max(group['lr'] for group in optimizer.param_groups),
-                'grad_norm': grad_norm.item(),
+                'grad_norm': norms[-1],
                 'images_per_s': num_steps * args.total_batch_size / seconds,
                 'data_wait': waited / seconds,
             }
-            if scaler.is_enabled():
+            if scaler.state_dict():
                 values['loss_scale'] = scaler.get_scale()
+            if len(good) < num_steps:
+                values['skipped'] = num_steps - len(good)
             log.entry(step + 1, (step + 1) / plan.steps_per_epoch, values | (extra() if extra else {}))
-            loss_sum, logged, waited, began = 0.0, step + 1, 0.0, time.perf_counter()
+            note_skipped(
+                plan, [step + 1 - num_steps + index for index in range(num_steps) if index not in good], scaler
+            )
+            losses, norms, waited, began = [], [], 0.0, time.perf_counter()
         if after_step:
             after_step(step + 1)
+
+
+MAX_SKIPPED = 20  # updates in a row; fp16 may need 16 to bring its loss scale down from 65536 to 1
+
+
+def note_skipped(plan, steps, scaler):
+    """Keep plan.skipped, the latest steps in a row without an update; FloatingPointError if they are MAX_SKIPPED."""
+    for step in steps:
+        plan.skipped = plan.skipped + [step] if plan.skipped[-1:] == [step - 1] else [step]
+    if len(plan.skipped) >= MAX_SKIPPED:
+        first = plan.skipped[0]
+        raise FloatingPointError(
+            f'{len(plan.skipped)} updates in a row, steps {first + 1} to {plan.skipped[-1] + 1}, were skipped because '
+            f'the loss or its gradient was not finite (loss scale {scaler.get_scale():g}); the weights are still those '
+            f'of step {first}. Step {first + 1} began with {", ".join(plan.images_of(first)[:4])}. Try --force_resume '
+            'with --amp bf16 or none, a lower --blr, or --clip_grad 1'
+        )
 
 
 @torch.no_grad()
@@ -236,7 +285,7 @@ def initial_weights(args, model, needed=False, whole=False):
 def prepare_classification(args, model, origin, size, train_source, val_source, only_measure):
     """The plan, unless weights are only measured, the device, and the validation loader. Raises InputError."""
     device_name, statistics = distributed.choose_device(args.device), transforms.pixel_statistics(args)
-    plan = None if only_measure else make_plan(args, len(train_source), model)
+    plan = None if only_measure else make_plan(args, train_source, model)
     device = distributed.start(device_name)
     model.to(device)
     samples = data.Samples(val_source, transforms.centre_transform(size, args.crop_pct, transforms.BICUBIC))

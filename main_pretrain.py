@@ -52,7 +52,7 @@ def main(args):
     origin = engine.initial_weights(args, model)
     statistics = transforms.pixel_statistics(args)
     train_source, val_source = data.open_sources(args, size)
-    plan = engine.make_plan(args, len(train_source), model)
+    plan = engine.make_plan(args, train_source, model)
 
     # --- Model and optimiser ----------------------------------------------------------------------------------
     device = distributed.start(device_name)
@@ -108,7 +108,8 @@ def draw_reconstruction(model, samples, statistics, args, log, step, count=8):
     images, noise = torch.utils.data.default_collate([samples[key] for key in keys])
     imgs, noise = (x.to(model.pos_embed.device) for x in (transforms.normalise(images, *statistics), noise))
     figure = reconstruction_figure(model, imgs, statistics, args.mask_ratio, noise)
-    figure.savefig(os.path.join(args.output_dir, 'reconstruction.png'))
+    with log.going_on():
+        figure.savefig(os.path.join(args.output_dir, 'reconstruction.png'))
     log.figure('reconstruction', figure, step)
 
 

@@ -5,10 +5,18 @@ import contextlib
 import math
 import os
 import shlex
+import signal
 
 
 class InputError(ValueError):
     """A mistake that the user can mend. The mains print it as one line and exit with code 2."""
+
+
+class RunError(RuntimeError):
+    """A fault of one process while it runs: one line that says which process, and exit code 1."""
+
+
+INTERRUPTED = 75  # exit code of a run that was asked to stop and has saved: the same command goes on from there
 
 
 @contextlib.contextmanager
@@ -35,7 +43,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run(main, parser, argv=None):
-    """Parse and run a job: main(args). An InputError becomes one line and exit code 2, a divergence exit code 1."""
+    """Parse and run a job: main(args). An InputError becomes one line and exit code 2, a fault while running 1."""
     try:
         args = parser.parse_args(argv)
     except (ValueError, RecursionError) as error:  # not UTF-8, an open quote, a file that names itself
@@ -44,9 +52,13 @@ def run(main, parser, argv=None):
         main(args)
     except InputError as error:
         parser.error(str(error))
-    except FloatingPointError as error:
-        advice = 'Go on from it with --force_resume and --amp bf16 or none, a lower --blr, or --clip_grad 1'
-        parser.error(f'{error}; the last checkpoint is from before. {advice}', code=1)
+    except FloatingPointError as error:  # on all processes alike
+        parser.error(str(error), code=1)
+    except RunError as error:
+        process = f'process {os.environ["RANK"]}: ' if int(os.environ.get('WORLD_SIZE', 1)) > 1 else ''
+        parser.exit(1, f'{parser.prog}: error: {process}{error}\n')
+    except KeyboardInterrupt:
+        parser.exit(128 + signal.SIGINT, '\n')
 
 
 def number(kind, low=None, high=None):

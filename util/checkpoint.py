@@ -5,13 +5,16 @@
 Saving and resuming are here; the weights of any origin come in through util/weights.py and out through util/export.py.
 """
 
+import contextlib
+import fcntl
 import os
+import platform
 import tempfile
 import time
 
 import torch
 
-from util.args import ArgumentParser, InputError, run
+from util.args import ArgumentParser, InputError, RunError, run
 from util.weights import convert_state_dict, load_weights, read_file, read_weights  # noqa: F401 (the mains' way to them)
 
 LAST, PREVIOUS, BEST = 'checkpoint-last.pth', 'checkpoint-previous.pth', 'checkpoint-best.pth'
@@ -42,10 +45,16 @@ def save(state, output_dir, name=LAST):
     state is whole on disk before it takes the name, so that a kill at any moment leaves a whole checkpoint.
     """
     path, temporary = os.path.join(output_dir, name), os.path.join(output_dir, 'checkpoint-writing.tmp')
-    with open(temporary, 'wb') as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, 'wb') as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it behind another
+        raise (cause if isinstance(cause, OSError) else error) from None
     if name == LAST and os.path.exists(path):
         os.replace(path, os.path.join(output_dir, PREVIOUS))
     os.replace(temporary, path)
@@ -55,14 +64,19 @@ class Saver:
     """Saves a run when it is due: every --save_every, at the end of epochs, and at the end.
 
     The end of an epoch is passed over while saving would take more than a twentieth of the time since the last one.
+    When nothing can be written, as on a full disk, that is said, training goes on, and it tries again every minute.
+
+    say: prints a line.
     """
 
-    def __init__(self, args, steps_per_epoch, model, optimizer, scaler, record, enabled=True):
+    def __init__(self, args, steps_per_epoch, model, optimizer, scaler, record, say, enabled=True):
         self.args, self.steps_per_epoch, self.record, self.enabled = args, steps_per_epoch, record, enabled
-        self.model, self.optimizer, self.scaler = model, optimizer, scaler
-        self.saved_at, self.seconds = time.monotonic(), 0.0
+        self.model, self.optimizer, self.scaler, self.say = model, optimizer, scaler, say
+        self.saved_at, self.seconds, self.failed = time.monotonic(), 0.0, False
 
     def due(self, step):
+        if self.failed:
+            return time.monotonic() - self.saved_at >= 60
         every, unit = self.args.save_every
         if unit == 'min':
             return time.monotonic() - self.saved_at >= 60 * every
@@ -73,11 +87,20 @@ class Saver:
         if step % self.steps_per_epoch and self.due(step):
             self.save(step)
 
-    def end_of_epoch(self, step, last):
+    def end_of_epoch(self, step):
         cheap = self.args.save_every[1] != 'ep' and time.monotonic() - self.saved_at >= 20 * self.seconds
-        keep = self.args.keep_every and step // self.steps_per_epoch % self.args.keep_every == 0
-        if last or keep or cheap or self.due(step):
-            self.save(step, keep)
+        if cheap or self.keeps(step) or self.due(step):
+            self.save(step, self.keeps(step))
+
+    def keeps(self, step):
+        epoch, steps = divmod(step, self.steps_per_epoch)
+        return bool(self.args.keep_every) and not steps and epoch % self.args.keep_every == 0
+
+    def save_now(self, step):
+        """Before the run ends here. RunError if it cannot be saved."""
+        self.save(step, self.keeps(step))
+        if self.failed:
+            raise RunError(f'step {step} is not saved; make room, and the same command goes on from what there is')
 
     def save(self, step, keep=False, best=False):
         """checkpoint-last.pth, and first the copies that stay: a kill between them leaves nothing out on resuming."""
@@ -95,8 +118,13 @@ class Saver:
         }
         if not all(tensor.isfinite().all() for tensor in state['model'].values()):
             raise FloatingPointError(f'the weights are not finite after step {step}')
-        for name in [f'checkpoint-{epoch:04d}.pth'] * bool(keep) + [BEST] * best + [LAST]:
-            save(state, self.args.output_dir, name)
+        try:
+            for name in [f'checkpoint-{epoch:04d}.pth'] * keep + [BEST] * best + [LAST]:
+                save(state, self.args.output_dir, name)
+            self.failed = False
+        except (OSError, RuntimeError) as error:
+            self.failed, reason = True, getattr(error, 'strerror', error)
+            self.say(f'step {step}: cannot save in {self.args.output_dir} ({reason}); the last checkpoint stays')
         self.saved_at, self.seconds = time.monotonic(), time.monotonic() - began
 
 
@@ -108,6 +136,31 @@ def make_output_dir(path):
             pass
     except OSError as error:
         raise InputError(f'--output_dir {path}: cannot write there ({error.strerror})') from None
+
+
+def lock(output_dir):
+    """Claim output_dir until this process ends, however it ends. The claim is not inherited by the loader's workers.
+
+    Returns:
+        The open file that holds it.
+
+    Raises:
+        InputError: if another process has it.
+    """
+    file = open(os.path.join(output_dir, 'lock'), 'a+')
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        holder = file.read().strip() or 'another process'
+        raise InputError(f'--output_dir {output_dir} is in use by {holder}; wait for it, or choose another') from None
+    except OSError as error:
+        print(f'{output_dir}: this file system has no locks ({error.strerror}); see that only one run writes there')
+        return file
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {platform.node()}\n')
+    file.flush()
+    return file
 
 
 def load_run(path):
@@ -177,7 +230,7 @@ def restore(state, model, optimizer, scaler):
     optimizer.load_state_dict(state['optimizer'])
     for group, option in zip(optimizer.param_groups, options):
         group.update(option)
-    if state['scaler'] and scaler.is_enabled():  # empty where there was no fp16
+    if state['scaler']:  # empty where there was no fp16
         scaler.load_state_dict(state['scaler'])
 
 

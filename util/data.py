@@ -71,6 +71,11 @@ class TorchvisionImages:
         return pil_to_tensor(image, self.in_chans), label
 
 
+def name_of(source, index):
+    """An image of a source as a person would find it: its path, or its number."""
+    return source.path(index) if hasattr(source, 'path') else f'image {index}'
+
+
 def open_sources(args, size):
     """(training source, validation source or None) of --data_path and --val_path. Raises InputError."""
     options = args.in_chans, size, args.download_dir

@@ -1,6 +1,9 @@
 """Processes and devices: one process without torchrun, many with it, and the code is the same."""
 
 import contextlib
+import os
+import signal
+import time
 from functools import partial
 
 import torch
@@ -43,12 +46,25 @@ def start(name):
 
 
 def mixed_precision(amp, device):
-    """(() -> autocast context, GradScaler) of --amp; the scaler is disabled where there is no fp16."""
+    """(() -> autocast context, GradScaler) of --amp. The scaler skips updates that are not finite, on every device."""
     if amp == 'auto':
         amp = 'none' if device.type != 'cuda' else 'bf16' if torch.cuda.is_bf16_supported() else 'fp16'
     dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(amp)
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
-    return autocast, torch.amp.GradScaler(device.type, enabled=amp == 'fp16')
+    return autocast, torch.amp.GradScaler(device.type) if amp == 'fp16' else UnitScaler(device.type, init_scale=1.0)
+
+
+class UnitScaler(torch.amp.GradScaler):
+    """Without fp16 the loss needs no scale: it stays 1, which is exact, and has nothing to save."""
+
+    def update(self):
+        super().update(1.0)
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
 
 
 def wrap(model, device, compiled=False):
@@ -61,6 +77,46 @@ def wrap(model, device, compiled=False):
     return DistributedDataParallel(
         model, [device] if device.type == 'cuda' else None, broadcast_buffers=counting, gradient_as_bucket_view=True
     )
+
+
+class StopRequest:
+    """Whether to stop: from SIGTERM, Ctrl-C, or SIGUSR1 (SLURM's warning), at any process. Within `with`.
+
+    The first signal lets the step finish. A second one exits at once with 128 + its number, unless it comes within a
+    second: torchrun passes on what its processes have already got themselves.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self):
+        self.received = self.pending = None
+        self.group = dist.new_group(backend='gloo') if dist.is_initialized() else None
+
+    def __enter__(self):
+        self.handlers = [signal.signal(number, self.receive) for number in self.SIGNALS]
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in zip(self.SIGNALS, self.handlers):
+            signal.signal(number, handler)
+
+    def receive(self, number, _):
+        if self.received is None:
+            self.received, self.at = number, time.monotonic()
+        elif time.monotonic() - self.at > 1:
+            os._exit(128 + number)
+
+    def agreed(self):
+        """After each step: whether to stop now. All processes get the same answer, a step late, without waiting."""
+        if self.group is None:
+            return self.received is not None
+        if self.pending is not None:
+            self.pending.wait()
+            if self.flag:
+                return True
+        self.flag = torch.tensor(self.received is not None, dtype=torch.uint8)
+        self.pending = dist.all_reduce(self.flag, dist.ReduceOp.MAX, self.group, async_op=True)
+        return False
 
 
 def stop():

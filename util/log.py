@@ -1,5 +1,6 @@
 """What a run tells: a progress bar (plain lines where there is no terminal), log.jsonl, TensorBoard."""
 
+import contextlib
 import json
 import math
 import os
@@ -27,7 +28,7 @@ class Log:
 
     def __init__(self, output_dir, total_steps, start_step, args, enabled=True):
         self.enabled, self.total_steps, self.start_step = enabled, total_steps, start_step
-        self.began = time.time()
+        self.began, self.failed = time.time(), False
         if not enabled:
             return
         from torch.utils.tensorboard import SummaryWriter  # a second to import, needed on one process only
@@ -68,11 +69,13 @@ class Log:
         if not self.enabled:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self.file.write(json.dumps({'step': step, 'epoch': round(epoch, 4), **finite}) + '\n')
-        self.file.flush()
-        for name, value in values.items():
-            tag = name if '/' in name else name.replace('_', '/', 1) if name.startswith('val_') else f'train/{name}'
-            self.board.add_scalar(tag, value, step)
+        with self.going_on():
+            self.file.write(json.dumps({'step': step, 'epoch': round(epoch, 4), **finite}) + '\n')
+            self.file.flush()
+        with self.going_on():
+            for name, value in values.items():
+                tag = name if '/' in name else name.replace('_', '/', 1) if name.startswith('val_') else f'train/{name}'
+                self.board.add_scalar(tag, value, step)
         shown = {name: f'{value:.4g}' for name, value in values.items() if '/' not in name}
         if self.bar.disable:
             rate = (time.time() - self.began) / max(1, step - self.start_step)
@@ -87,13 +90,25 @@ class Log:
     def figure(self, name, figure, step):
         """A matplotlib figure, to TensorBoard."""
         if self.enabled:
-            self.board.add_figure(name, figure, step)
+            with self.going_on():
+                self.board.add_figure(name, figure, step)
+
+    @contextlib.contextmanager
+    def going_on(self):
+        """A log that cannot be written, as on a full disk, is said once and is no reason to stop."""
+        try:
+            yield
+        except OSError as error:
+            if not self.failed:
+                self.say(f'cannot write the log ({error.strerror}); training goes on')
+            self.failed = True
 
     def close(self):
         if self.enabled:
             self.bar.close()
-            self.board.close()
-            self.file.close()
+            for file in (self.board, self.file):
+                with self.going_on():
+                    file.close()
 
 
 def is_before(entry, step):

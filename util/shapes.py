@@ -31,32 +31,20 @@ SHAPES = {
 }
 
 
-def _texture(rng, x, y):
-    """A field in [0, 1]: plain gradient, stripes or checks, at a random angle and phase."""
-    angle, phase, frequency = rng.uniform(0, np.pi), rng.uniform(0, 2 * np.pi), rng.uniform(6, 12)
-    along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-    kind = rng.integers(4)
-    if kind < 2:
-        return (along + 1.5) / 3
-    stripes = np.sin(frequency * along + phase)
-    return 0.5 + 0.5 * (stripes if kind == 2 else stripes * np.sin(frequency * across))
-
-
 def draw(label, rng, height, width):
-    """One picture: a textured shape before a textured background, uint8 (3, height, width)."""
+    """One picture: a light shape, turned and moved a little, before a dark background, uint8 (3, height, width)."""
     y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing='ij')
-    scale, turn, centre = rng.uniform(0.5, 0.8), rng.uniform(0, 2 * np.pi), rng.uniform(-0.25, 0.25, 2)
+    scale, turn, centre = rng.uniform(0.65, 0.85), rng.uniform(-0.8, 0.8), rng.uniform(-0.15, 0.15, 2)
     dx, dy = (x - centre[0]) / scale, (y - centre[1]) / scale
     dx, dy = dx * np.cos(turn) + dy * np.sin(turn), dy * np.cos(turn) - dx * np.sin(turn)
     distance = SHAPES[Shapes.classes[label]](dx, dy, np.hypot(dx, dy), np.arctan2(dy, dx))
     alpha = np.clip(0.5 - distance * scale * min(height, width) / 2, 0, 1)  # one pixel of anti-aliasing
 
-    back, front = rng.uniform(0, 1, (2, 3))
-    front = np.where(np.abs(front - back).max() < 0.5, (back + 0.5) % 1, front)  # never invisible
-    layers = [
-        colour[:, None, None] + rng.uniform(-0.35, 0.35, 3)[:, None, None] * _texture(rng, x, y)
-        for colour in (back, front)
-    ]
+    layers = []
+    for colour in (rng.uniform(0, 0.4, 3), rng.uniform(0.6, 1, 3)):  # each with a slight gradient in some direction
+        angle, slope = rng.uniform(0, 2 * np.pi), rng.uniform(-0.15, 0.15, 3)
+        along = x * np.cos(angle) + y * np.sin(angle)
+        layers.append(colour[:, None, None] + slope[:, None, None] * along)
     image = layers[0] * (1 - alpha) + layers[1] * alpha
     return (image.clip(0, 1) * 255).round().astype(np.uint8)
 
@@ -68,7 +56,7 @@ class Shapes:
 
     def __init__(self, split='train', size=(32, 32), length=None):
         self.stream, self.size = ['train', 'val'].index(split), size
-        self.length = length or (6400, 1000)[self.stream]
+        self.length = length or (2560, 500)[self.stream]
 
     def __len__(self):
         return self.length

@@ -1,0 +1,368 @@
+"""Runs that are killed, asked to stop, short of disk or numbers, alone and in several processes: nothing is lost."""
+
+import errno
+import os
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, Result
+
+import engine
+import main_pretrain
+from models_mff import MaskedAutoencoderMFF
+from util import checkpoint, distributed
+from util.args import INTERRUPTED, run
+from util.log import Log
+
+
+def same_weights(a, b):
+    states = [result.checkpoint['model'] for result in (a, b)]
+    return all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def close_weights(a, b):
+    states = [result.checkpoint['model'] for result in (a, b)]
+    return all(
+        torch.allclose(tensor, states[1][name], atol=2e-5)
+        for name, tensor in states[0].items()
+        if not name.endswith('qkv.bias')  # the key's third has no gradient but rounding, which Adam amplifies
+    )
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step(n, action): action() when n steps of a run are done, once."""
+
+    def install(step, action):
+        advance, acted = Log.advance, []
+
+        def advance_and_act(log):
+            advance(log)
+            log.steps_done = getattr(log, 'steps_done', log.start_step) + 1
+            if log.steps_done == step and not acted:
+                acted.append(True)
+                action()
+
+        monkeypatch.setattr(Log, 'advance', advance_and_act)
+
+    return install
+
+
+# --- Signals --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('number', distributed.StopRequest.SIGNALS)
+def test_a_signal_saves_and_the_run_goes_on_from_there(number, pretrain, at_step, tmp_path, capsys):
+    handler = signal.getsignal(number)
+    at_step(6, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as exit:
+        pretrain('cut')
+    assert exit.value.code == INTERRUPTED == 75
+    assert 'Stopped after step 6 of 12' in capsys.readouterr().out
+    assert Result(tmp_path / 'cut').checkpoint['step'] == 6
+    assert signal.getsignal(number) == handler
+    assert same_weights(pretrain('cut'), pretrain('whole'))
+
+
+def test_a_second_signal_exits_at_once(monkeypatch):
+    now, codes = [0.0], []
+    monkeypatch.setattr('time.monotonic', lambda: now[0])
+    monkeypatch.setattr(os, '_exit', codes.append)
+    with distributed.StopRequest() as request:
+        assert not request.agreed()
+        for seconds in (0, 0.5):  # the second comes from torchrun, which passes on what the terminal has sent to all
+            now[0] = seconds
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert request.agreed() and not codes
+        now[0] = 2.0
+        os.kill(os.getpid(), signal.SIGINT)
+    assert codes == [128 + signal.SIGINT]
+
+
+def test_a_signal_at_the_end_of_an_epoch_keeps_its_checkpoint(pretrain, at_step):
+    at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        pretrain('cut', '--keep_every', '1')
+    result = pretrain('cut', '--keep_every', '1')
+    assert torch.load(result.output_dir / 'checkpoint-0001.pth', weights_only=True)['step'] == 4
+    assert [entry['step'] for entry in result.entries if 'val_loss' in entry] == [4, 8, 12]
+
+
+# --- One run in a directory -----------------------------------------------------------------------------------
+
+
+def test_a_second_run_is_refused_until_the_first_has_ended(pretrain, tmp_path, capsys):
+    (tmp_path / 'run').mkdir()
+    hold = 'import sys, time; from util.checkpoint import lock; f = lock(sys.argv[1]); print("held"); time.sleep(600)'
+    holder = subprocess.Popen(
+        [sys.executable, '-u', '-c', hold, tmp_path / 'run'], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == 'held\n'
+        with pytest.raises(SystemExit) as exit:
+            pretrain('run')
+        assert exit.value.code == 2
+        assert f'in use by process {holder.pid} on' in capsys.readouterr().err
+    finally:
+        holder.kill()
+        holder.wait()
+    assert len(pretrain('run', '--epochs', '1').losses) == 4
+
+
+# --- Disk -----------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one_whole(tmp_path):
+    checkpoint.save({'step': 1}, tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            checkpoint.save({'step': 2, 'model': torch.zeros(100_000)}, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.errno == errno.EFBIG
+    assert os.listdir(tmp_path) == ['checkpoint-last.pth']
+    assert torch.load(tmp_path / 'checkpoint-last.pth', weights_only=True) == {'step': 1}
+
+
+def test_training_goes_on_without_disk_and_saves_later(pretrain, monkeypatch, capsys):
+    save, calls = checkpoint.save, []
+
+    def save_on_a_full_disk(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        save(*arguments)
+
+    monkeypatch.setattr(checkpoint, 'save', save_on_a_full_disk)
+    result = pretrain('run', '--save_every', '2')
+    assert capsys.readouterr().out.count('cannot save') == 1  # it tries again after a minute, or at the end
+    assert len(calls) == 3 and len(result.losses) == 12
+
+
+def test_the_end_that_cannot_be_saved_is_an_error(pretrain, monkeypatch, capsys, tmp_path):
+    first = pretrain('run', '--epochs', '1').checkpoint
+    full = OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(checkpoint, 'save', lambda *_: (_ for _ in ()).throw(full))
+    with pytest.raises(SystemExit) as exit:
+        pretrain('run', '--epochs', '2', '--force_resume')
+    assert exit.value.code == 1
+    assert 'step 8 is not saved' in capsys.readouterr().err
+    assert Result(tmp_path / 'run').checkpoint['step'] == first['step']
+
+
+def test_a_log_that_cannot_be_written_is_said_once(pretrain, monkeypatch, capsys):
+    class Full:
+        def write(self, _):
+            raise OSError(errno.ENOSPC, 'No space left on device')
+
+        def close(self):
+            pass
+
+    init = Log.__init__
+
+    def without_file(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.file = Full()
+
+    monkeypatch.setattr(Log, '__init__', without_file)
+    result = pretrain('run', '--epochs', '1')
+    assert capsys.readouterr().out.count('cannot write the log') == 1 and result.checkpoint['step'] == 4
+
+
+# --- Numbers --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('what', ['loss', 'gradient'])
+def test_an_update_that_is_not_finite_is_skipped(what, pretrain, at_step, tmp_path, monkeypatch):
+    """Step 12 fails, so the weights must be those after step 11, of a run that is stopped there."""
+    broken = []
+    at_step(11, lambda: broken.append(True))
+    forward = MaskedAutoencoderMFF.forward_loss
+
+    def forward_loss(self, imgs, pred, mask):
+        loss = forward(self, imgs, pred, mask)
+        if not broken or not torch.is_grad_enabled():
+            return loss
+        if what == 'loss':
+            return loss + float('inf')  # whose gradient is finite
+        pred.register_hook(lambda gradient: gradient * float('nan'))
+        return loss
+
+    monkeypatch.setattr(MaskedAutoencoderMFF, 'forward_loss', forward_loss)
+    skipped = pretrain('skipped')
+    entry = [entry for entry in skipped.entries if 'loss' in entry][-1]
+    assert entry['skipped'] == 1 and entry['loss'] is None and skipped.checkpoint['step'] == 12
+    monkeypatch.undo()
+    at_step(11, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        pretrain('stopped')
+    assert same_weights(skipped, Result(tmp_path / 'stopped'))
+
+
+def test_skipped_steps_are_counted_in_a_row():
+    plan = engine.Plan(*[None] * 10)
+    plan.images_of = lambda step: [f'{step}.png']
+    scaler = distributed.UnitScaler('cpu', init_scale=1.0)
+    engine.note_skipped(plan, list(range(0, 19)), scaler)
+    engine.note_skipped(plan, list(range(20, 39)), scaler)
+    with pytest.raises(FloatingPointError, match='20 updates in a row, steps 21 to 40, .* Step 21 began with 20.png'):
+        engine.note_skipped(plan, [39], scaler)
+
+
+# --- Several processes ----------------------------------------------------------------------------------------
+
+# A job that does something at a step of one process, once.
+VICTIM = """
+import os, signal, sys
+import main_pretrain
+from util.args import RunError, run
+from util.log import Log
+advance = Log.advance
+def advance_and_act(log):
+    advance(log)
+    log.steps_done = getattr(log, 'steps_done', log.start_step) + 1
+    if os.environ['RANK'] == '1' and log.steps_done == 6 and not os.path.exists(MARK):
+        open(MARK, 'w').close()
+        ACTION
+Log.advance = advance_and_act
+run(main_pretrain.main, main_pretrain.get_parser())
+"""
+
+
+def victim(tmp_path, action):
+    path = tmp_path / 'victim.py'
+    path.write_text(VICTIM.replace('MARK', repr(str(tmp_path / 'mark'))).replace('ACTION', action))
+    return path
+
+
+def torchrun(*arguments, **kwargs):
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, '-m', 'torch.distributed.run', *map(str, arguments)],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
+    )  # fmt: skip
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(('127.0.0.1', 0))
+        return sock.getsockname()[1]
+
+
+def test_a_killed_process_is_restarted_by_torchrun(pretrain, small_run, tmp_path):
+    script = victim(tmp_path, 'os.kill(os.getpid(), signal.SIGKILL)')
+    flags = small_run('killed', '--save_every', '2')
+    job = torchrun('--standalone', '--nproc_per_node=2', '--max_restarts=1', script, *flags)
+    output, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, output
+    assert (tmp_path / 'mark').exists() and 'steps 4 to 12' in output
+    assert close_weights(Result(tmp_path / 'killed'), pretrain('whole'))
+
+
+def test_a_process_that_fails_stops_all_with_its_message(small_run, tmp_path):
+    script = victim(tmp_path, 'raise RunError("the disk of this process is gone")')
+    job = torchrun('--standalone', '--nproc_per_node=2', script, *small_run('failed'))
+    output, _ = job.communicate(timeout=300)
+    assert job.returncode == 1
+    assert 'error: process 1: the disk of this process is gone' in output
+
+
+def test_a_signal_at_one_process_stops_all(pretrain, small_run, tmp_path):
+    script = victim(tmp_path, 'os.kill(os.getpid(), signal.SIGUSR1)')
+    job = torchrun('--standalone', '--nproc_per_node=2', script, *small_run('cut'))
+    output, _ = job.communicate(timeout=300)
+    assert 'Stopped after step 7 of 12' in output  # agreed on a step later
+    assert Result(tmp_path / 'cut').checkpoint['step'] == 7
+    assert close_weights(pretrain('cut'), pretrain('whole'))
+
+
+@pytest.mark.parametrize('rendezvous', ['c10d', pytest.param('static', marks=pytest.mark.slow)])
+def test_two_machines_train_as_one_process(rendezvous, pretrain, small_run, tmp_path):
+    """Two torchrun agents on loopback with two processes each."""
+    port = free_port()
+    flags = small_run('machines', '--batch_size', '4')
+    agents = []
+    for node in (0, 1):
+        where = {
+            'c10d': ['--rdzv_backend=c10d', f'--rdzv_endpoint=127.0.0.1:{port}', '--rdzv_id=7'],
+            'static': [f'--node_rank={node}', '--master_addr=127.0.0.1', f'--master_port={port}'],
+        }[rendezvous]
+        agents.append(torchrun('--nnodes=2', '--nproc_per_node=2', *where, 'main_pretrain.py', *flags))
+    outputs = [agent.communicate(timeout=300)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert any('4 x 4 processes x 1 accumulated' in output for output in outputs)
+    alone = pretrain('alone')
+    assert Result(tmp_path / 'machines').losses == pytest.approx(alone.losses, rel=1e-5)
+    assert close_weights(Result(tmp_path / 'machines'), alone)
+
+
+def test_slurm_starts_processes_without_torchrun(pretrain, small_run, tmp_path):
+    """srun sets SLURM_*; the job script sets MASTER_ADDR and MASTER_PORT."""
+    port = str(free_port())
+    jobs = []
+    for rank in ('0', '1'):
+        environment = {
+            **os.environ, 'OMP_NUM_THREADS': '1', 'SLURM_PROCID': rank, 'SLURM_LOCALID': rank, 'SLURM_NTASKS': '2',
+            'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port,
+        }  # fmt: skip
+        flags = [sys.executable, 'main_pretrain.py', *small_run('slurm')]
+        jobs.append(subprocess.Popen(flags, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL))
+    assert [job.wait(timeout=300) for job in jobs] == [0, 0]
+    assert close_weights(Result(tmp_path / 'slurm'), pretrain('alone'))
+
+
+# --- Killed again and again -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('kills, epochs', [(4, 6), pytest.param(20, 40, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(kills, epochs, pretrain, small_run, tmp_path):
+    """SIGKILL at random moments, saving after every step, each time with another number of workers."""
+    whole = pretrain('whole', '--epochs', str(epochs))
+    rng = random.Random(kills)
+    survived = 0
+    while True:
+        flags = small_run(
+            'killed', '--epochs', str(epochs), '--save_every', '1', '--num_workers', str(rng.randrange(3))
+        )
+        child = os.fork()  # of this process, which has everything imported
+        if child == 0:
+            os.setpgid(0, 0)
+            code = 1
+            try:
+                run(main_pretrain.main, main_pretrain.get_parser(), flags)
+                code = 0
+            finally:
+                os._exit(code)
+        if survived < kills:
+            before, began = last_step(tmp_path / 'killed'), time.monotonic()
+            while last_step(tmp_path / 'killed') <= before and time.monotonic() - began < 60:
+                time.sleep(0.01)
+            time.sleep(rng.random() * 0.5)
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            break
+        survived += 1
+    assert survived == kills
+    assert same_weights(whole, Result(tmp_path / 'killed'))
+    steps = [entry['step'] for entry in Result(tmp_path / 'killed').entries if 'loss' in entry]
+    assert steps == list(range(1, 4 * epochs + 1))
+
+
+def last_step(output_dir):
+    """Of the newest whole checkpoint, 0 without one; a file that is just being replaced counts as before."""
+    path = output_dir / 'checkpoint-last.pth'
+    try:
+        return torch.load(path, weights_only=True)['step']
+    except (OSError, RuntimeError, EOFError):
+        return 0
