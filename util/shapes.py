@@ -56,7 +56,7 @@ class Shapes:
 
     def __init__(self, split='train', size=(32, 32), length=None):
         self.stream, self.size = ['train', 'val'].index(split), size
-        self.length = length or (2560, 500)[self.stream]
+        self.length = length or (2048, 400)[self.stream]
 
     def __len__(self):
         return self.length
