@@ -33,6 +33,7 @@ FREE_FLAGS = {
     'picture_every',
     'download_dir',
     'compile',
+    'grad_checkpointing',
 }
 
 
