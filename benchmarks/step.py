@@ -34,6 +34,7 @@ from util.weights import convert_state_dict
 
 SIZES = [name.removeprefix('mff_vit_').rsplit('_', 1)[0] for name in MODELS]
 LR, WEIGHT_DECAY, BETAS = 1e-4, 0.05, (0.9, 0.95)
+PRODUCTS = 10
 
 
 def get_parser():
@@ -118,10 +119,15 @@ def peer_step(size, device, amp, compiled=False):
 
 
 def product_step(size, device, amp):
-    """A matrix product of the dtype that the step multiplies in."""
+    """PRODUCTS matrix products in the precision of the step: as many as keep the device as warm as a step does."""
     dtype = distributed.mixed_precision(amp, device)[0].keywords['dtype'] or torch.float32
-    a, b = torch.randn(2, product_side(device), product_side(device), device=device, dtype=dtype)
-    return lambda imgs: a @ b
+    a, b, c = torch.randn(3, product_side(device), product_side(device), device=device, dtype=dtype)
+
+    def step(imgs):
+        for _ in range(PRODUCTS):
+            torch.mm(a, b, out=c)
+
+    return step
 
 
 def product_side(device):
@@ -144,15 +150,19 @@ def model_of_size(size):
     return create_model(next(name for name in MODELS if name.startswith(f'mff_vit_{size}_')))
 
 
-def peer_model(model):
-    """mmpretrain's MFF of the sizes and with the weights of model."""
+def import_peer():
+    """mmpretrain's class."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # about parts of mmcv that MFF does not use
         from mmpretrain.models.selfsup.mff import MFF
+    return MFF
 
+
+def peer_model(model):
+    """mmpretrain's MFF of the sizes and with the weights of model."""
     patch_size, width = model.patch_embed.patch_size[0], model.pos_embed.shape[-1]
     encoder, decoder = model.blocks[0], model.decoder_blocks[0]
-    peer = MFF(
+    peer = import_peer()(
         backbone={
             'type': 'MFFViT',
             'arch': {
@@ -250,7 +260,7 @@ def measure(variants, size, device, args):
         for variant in list(pipes)[:: -1 if number_of_round % 2 else 1]:
             seconds = ask(pipes, variant, args.steps)
             if seconds:
-                work = 2 * product_side(device) ** 3 if variant == 'product' else args.batch_size
+                work = PRODUCTS * 2 * product_side(device) ** 3 if variant == 'product' else args.batch_size
                 rates.setdefault(variant, []).append(work * args.steps / seconds)
                 print(f'{size}, {variant}: {rates[variant][-1]:.4g} /s', flush=True)
     for variant in list(pipes):
@@ -273,7 +283,7 @@ def serve(pipe, variant, size, device, amp, batch_size):
     device = distributed.start(device)
     build, options = VARIANTS[variant]
     if variant.startswith('mmpretrain'):
-        importlib.import_module('mmpretrain.models.selfsup.mff')  # not part of the memory of a step
+        import_peer()  # not part of the memory of a step
     before = peak_memory(device)
     step = build(size, device, **{'amp': amp, **options})
     imgs = torch.randn(batch_size, 3, *model_of_size(size).patch_embed.img_size, device=device)
@@ -304,7 +314,8 @@ def peak_memory(device):
 
 def summarise(size, rates, memory):
     """Rows of the table: first the ratios to mmpretrain, or to the first variant, round by round."""
-    flops = 3 * forward_flops(model_of_size(size))
+    with torch.device('meta'):
+        flops = 3 * forward_flops(model_of_size(size))
     variants = [variant for variant in rates if variant != 'product']
     base = 'mmpretrain' if 'mmpretrain' in rates else variants[0]
     rows = []
@@ -337,7 +348,8 @@ def profile(variant, size, device, args):
         step(imgs)
         synchronise(device)
     kind = 'self_device_time_total' if device.type == 'cuda' else 'self_cpu_time_total'
-    events = sorted(profiler.key_averages(), key=lambda event: getattr(event, kind), reverse=True)
+    operators = [event for event in profiler.key_averages() if event.device_type == torch.autograd.DeviceType.CPU]
+    events = sorted(operators, key=lambda event: getattr(event, kind), reverse=True)
     total = sum(getattr(event, kind) for event in events)
     rows = [
         {
