@@ -45,6 +45,7 @@ def get_parser():
     add(
         '--crop_pct', type=ratio, default=0.875, help="share of a test image's side that is seen (default: %(default)s)"
     )
+    add('--grad_checkpointing', action='store_true', help='less memory: activations are computed twice')
     add('--eval', action='store_true', help='only evaluate the weights of --init_from')
     add('--predict', nargs='+', metavar='IMAGE', help='only predict the classes of images with --init_from')
     add('--json', action='store_true', help='predictions as JSON lines')
@@ -70,6 +71,7 @@ def main(args):
     size = model.patch_embed.img_size
     train_source, val_source = data.open_labelled_sources(args, size)
     give_head(model, len(val_source.classes))
+    model.set_grad_checkpointing(args.grad_checkpointing)
     origin = engine.initial_weights(args, model, needed=args.eval, whole=args.eval)
     task = engine.prepare_classification(args, model, origin, size, train_source, val_source, args.eval)
     if args.eval:

@@ -34,6 +34,7 @@ def get_parser():
     boolean = argparse.BooleanOptionalAction
     add('--norm_pix_loss', action=boolean, default=True, help='standardise each target patch (default: yes)')
     add('--crop', choices=['simple', 'rrc'], default='simple', help="MFF's crop or MAE's (default: %(default)s)")
+    add('--grad_checkpointing', action='store_true', help='less memory: activations are computed twice')
     epochs = number(int, 1)
     add('--eval_every', type=epochs, default=1, help='epochs between validation losses (default: %(default)s)')
     add('--picture_every', type=epochs, default=20, help='epochs between reconstructions (default: %(default)s)')
@@ -46,6 +47,7 @@ def main(args):
     torch.manual_seed(args.seed)
     with as_input_error():
         model = create_model(args.model, args.input_size, args.in_chans, args.fuse_layers, args.norm_pix_loss)
+    model.grad_checkpointing = args.grad_checkpointing
     size, num_patches = model.patch_embed.img_size, model.patch_embed.num_patches
     if not 0 < int(num_patches * (1 - args.mask_ratio)) < num_patches:
         raise InputError(f'--mask_ratio {args.mask_ratio} of {num_patches} patches leaves none visible or none hidden')

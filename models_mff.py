@@ -26,6 +26,7 @@ import torch
 import torch.nn as nn
 from timm.layers import PatchEmbed, build_sincos2d_pos_embed, to_2tuple
 from timm.models.vision_transformer import Block, VisionTransformer
+from torch.utils.checkpoint import checkpoint
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -76,6 +77,7 @@ class MaskedAutoencoderMFF(nn.Module):
                 f'fuse_layers {list(fuse_layers)} must end with the last block, which is {depth - 1} at depth {depth}'
             )
         self.in_chans, self.fuse_layers, self.norm_pix_loss = in_chans, fuse_layers, norm_pix_loss
+        self.grad_checkpointing = False  # see apply_block
 
         # --- Encoder: a ViT with timm's parameter names -----------------------------------------------------
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
@@ -159,7 +161,7 @@ class MaskedAutoencoderMFF(nn.Module):
         x = torch.cat([cls_token, x], dim=1)  # (N, 1+V, D)
         levels = []
         for i, block in enumerate(self.blocks):
-            x = block(x)
+            x = self.apply_block(block, x)
             if i in self.fuse_layers:
                 levels.append(x)
         return self.norm(self.fuse(levels)), mask, ids_restore
@@ -184,6 +186,10 @@ class MaskedAutoencoderMFF(nn.Module):
         projected = [proj(x) for proj, x in zip(self.fuse_projs, levels)] + [levels[-1]]
         return sum(w * x for w, x in zip(self.fusion_weights, projected))
 
+    def apply_block(self, block, x):
+        """block(x); with grad_checkpointing the backward pass computes its activations again, and none are kept."""
+        return checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
+
     def forward_decoder(self, latent, ids_restore):
         """latent (N, 1+V, D), ids_restore (N, L) -> pred (N, L, p*p*C)."""
         x = self.decoder_embed(latent)  # (N, 1+V, E)
@@ -193,7 +199,7 @@ class MaskedAutoencoderMFF(nn.Module):
         patches = patches.gather(1, ids_restore.unsqueeze(-1).expand(-1, -1, x.shape[-1]))  # (N, L, E) in place
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed  # (N, 1+L, E)
         for block in self.decoder_blocks:
-            x = block(x)
+            x = self.apply_block(block, x)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]  # without cls
 
     def forward_loss(self, imgs, pred, mask):

@@ -263,6 +263,26 @@ def test_attention_is_fused():
     assert all(block.attn.fused_attn for block in create_model('mff_vit_tiny_patch4').blocks)
 
 
+@pytest.mark.parametrize('fuse_layers', [(0, 1, 3), (3,)])
+def test_grad_checkpointing_changes_no_number_and_keeps_less(fuse_layers):
+    torch.manual_seed(0)
+    model = MaskedAutoencoderMFF(**{**SMALL, 'fuse_layers': fuse_layers})
+    imgs, noise = torch.randn(4, 3, 32, 32), torch.rand(4, 16)
+
+    def outcome(enable):
+        model.grad_checkpointing, kept = enable, []  # what the graph holds on to
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            loss = model(imgs, 0.75, noise)[0]
+        count = sum(kept)  # before the second computation keeps it all again
+        model.zero_grad()
+        loss.backward()
+        return count, [loss, *(p.grad for p in model.parameters())]
+
+    (plain, expected), (checkpointed, ours) = outcome(False), outcome(True)
+    assert checkpointed < plain / 2
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
 def test_loss_is_fp32_under_autocast():
     torch.manual_seed(0)
     model = MaskedAutoencoderMFF(**SMALL)

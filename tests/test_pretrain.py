@@ -227,9 +227,18 @@ def test_visualize_reads_the_checkpoint(pretrain, folder, tmp_path):
         assert min(Image.open(tmp_path / name).size) > 100
 
 
+def test_grad_checkpointing_may_change_on_resuming(pretrain):
+    plain = pretrain('plain', '--epochs', '1')
+    checkpointed = pretrain('checkpointed', '--epochs', '1', '--grad_checkpointing', '--amp', 'bf16')
+    plain_bf16 = pretrain('plain_bf16', '--epochs', '1', '--amp', 'bf16')
+    assert checkpointed.losses == plain_bf16.losses != plain.losses
+    assert pretrain('checkpointed', '--epochs', '1', '--amp', 'bf16').checkpoint['step'] == 4
+
+
 @pytest.mark.slow
-def test_compiled_follows_eager(pretrain):
-    eager, compiled = pretrain('eager'), pretrain('compiled', '--compile')
+@pytest.mark.parametrize('flags', [[], ['--grad_checkpointing']], ids=' '.join)
+def test_compiled_follows_eager(pretrain, flags):
+    eager, compiled = pretrain('eager'), pretrain('compiled', '--compile', *flags)
     assert compiled.losses == pytest.approx(eager.losses, rel=1e-4)
     assert compiled.checkpoint['model'].keys() == eager.checkpoint['model'].keys()
 

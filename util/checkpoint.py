@@ -36,6 +36,7 @@ FREE_FLAGS = {
     'picture_every',
     'download_dir',
     'compile',
+    'grad_checkpointing',
 }
 
 
