@@ -1,0 +1,132 @@
+"""What lets a reader check the paper's claims: the paper's alternatives, figures of features, the ablation's tables."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_model import SMALL, layer_norm, linear, relative
+
+import models_mff
+from util import checkpoint, design_choices
+from util.args import InputError
+from util.design_choices import DesignChoices
+
+# --- The paper's alternatives, computed a second way -----------------------------------------------------------
+
+
+def shaken(**choices):
+    """A small model with these choices, its parameters moved away from the symmetric start."""
+    torch.manual_seed(1)
+    model = DesignChoices(**{**SMALL, **choices})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def plain_fuse(s, levels, fuse_proj, fusion, heads=3):
+    """z (N, T, D) by the formulas, from the state s; levels: K tensors (N, T, D)."""
+    y = []
+    for k, x in enumerate(levels):
+        if k < len(levels) - 1 and fuse_proj == 'linear':
+            x = linear(s, f'fuse_projs.{k}', x)
+        elif k < len(levels) - 1 and fuse_proj == 'mlp':
+            hidden = linear(s, f'fuse_projs.{k}.0', x)
+            x = linear(s, f'fuse_projs.{k}.2', hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2))))
+        y.append(x)
+    if fusion == 'average':
+        weights = s['fuse_logits'].flatten().exp()
+        return sum(w / weights.sum() * x for w, x in zip(weights, y))
+    if fusion == 'uniform':
+        return sum(y) / len(y)
+    normed = [layer_norm(s, 'fuse_norm', x) for x in y]
+    q, k, v = zip(*(linear(s, 'fuse_attn.qkv', x).chunk(3, dim=-1) for x in normed))
+    out = []
+    for i in range(len(y)):  # each level asks all levels of the same token, head by head
+        parts = []
+        for columns in torch.arange(y[0].shape[-1]).chunk(heads):
+            scores = [(q[i] * k_j)[..., columns].sum(-1, keepdim=True) / math.sqrt(len(columns)) for k_j in k]
+            total = sum(score.exp() for score in scores)
+            parts.append(sum(score.exp() / total * v_j[..., columns] for score, v_j in zip(scores, v)))
+        out.append(y[i] + linear(s, 'fuse_attn.proj', torch.cat(parts, dim=-1)))
+    return sum(out) / len(out)
+
+
+@pytest.mark.parametrize('fuse_proj', ['linear', 'none', 'mlp'])
+@pytest.mark.parametrize('fusion', ['average', 'uniform', 'attention'])
+def test_projection_and_fusion_are_the_formula(fuse_proj, fusion):
+    model = shaken(fuse_proj=fuse_proj, fusion=fusion)
+    levels = [torch.randn(2, 5, 24) for _ in range(3)]
+    expected = plain_fuse(model.state_dict(), levels, fuse_proj, fusion)
+    assert relative(model.fuse(levels), expected) < 1e-5
+    weights = model.fusion_weights
+    assert weights.tolist() == pytest.approx([1 / 3] * 3) if fusion == 'uniform' else len(weights) in (0, 3)
+    model(torch.randn(2, 3, 32, 32))[0].backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    trained = {name for name, _ in model.named_parameters() if name.startswith('fuse_logits')}
+    assert trained == ({'fuse_logits'} if fusion == 'average' else set())
+
+
+@pytest.mark.parametrize('size', [(32, 32), (16, 40)])
+def test_low_frequency_target_is_pixmims(size):
+    """FACTS of PixMIM: |IFFT2(fftshift(FFT2(x)) M)| of the un-normalised image, M a disc; here by sums over waves."""
+    statistics = ([0.5, 0.4, 0.3], [0.2, 0.25, 0.3])
+    model = shaken(target='lowpass', statistics=statistics, img_size=size)
+    mean, std = (np.array(values).reshape(3, 1, 1) for values in statistics)
+    pixels = np.random.default_rng(0).random((3, *size))
+    (H, W), (rows, columns) = size, np.mgrid[: size[0], : size[1]]
+    kept = np.zeros((3, *size), dtype=complex)
+    for u in range(H):
+        for v in range(W):
+            if ((u - (H - 1) / 2) / H) ** 2 + ((v - (W - 1) / 2) / W) ** 2 <= (40 / 224) ** 2:
+                f, g = u - H // 2, v - W // 2  # the frequency at (u, v) once zero is in the middle
+                amplitude = (pixels * np.exp(-2j * np.pi * (f * rows / H + g * columns / W))).sum((1, 2), keepdims=True)
+                kept += amplitude * np.exp(2j * np.pi * (u * rows / H + v * columns / W)) / (H * W)
+    imgs = torch.from_numpy((pixels - mean) / std).float()[None]
+    expected = torch.from_numpy((np.abs(kept) - mean) / std).float()
+    target = model.low_frequency_target(imgs)[0]
+    assert relative(target, expected) < 1e-5 and relative(target, imgs[0]) > 0.1
+    loss, pred, mask = model(imgs)  # the loss is the plain model's against that target
+    plain = models_mff.MaskedAutoencoderMFF(**{**SMALL, 'img_size': size})
+    assert torch.equal(loss, plain.forward_loss(model.low_frequency_target(imgs), pred, mask))
+
+
+def test_low_frequencies_at_224_are_the_disc_of_40():
+    rows, columns = np.mgrid[:224, :224] - 111.5
+    assert torch.equal(design_choices.low_frequencies(224, 224), torch.tensor(np.hypot(rows, columns) <= 40).float())
+
+
+def test_default_choices_are_the_plain_model(small_run):
+    from main_pretrain import get_parser
+
+    args = get_parser().parse_args(small_run('run'))
+    torch.manual_seed(0)
+    ours = design_choices.create_model(args)
+    torch.manual_seed(0)
+    plain = models_mff.create_model(args.model, args.input_size)
+    assert type(ours) is models_mff.MaskedAutoencoderMFF
+    assert all(torch.equal(tensor, ours.state_dict()[name]) for name, tensor in plain.state_dict().items())
+    args.fuse_layers, args.fusion = [11], 'uniform'
+    with pytest.raises(ValueError, match='plain MAE'):
+        design_choices.create_model(args)
+
+
+@pytest.mark.parametrize('choice', ['--fusion attention', '--fuse_proj mlp --fusion uniform', '--target lowpass'])
+def test_a_run_with_choices(pretrain, tmp_path, choice):
+    result = pretrain('run', '--epochs', '2', *choice.split())
+    losses = list(result.losses.values())
+    assert len(losses) == 8 and losses[-1] < losses[0]
+    assert any('fusion/layer_00' in entry for entry in result.entries) == ('attention' not in choice)
+    with pytest.raises(SystemExit):  # another architecture, or another target
+        pretrain('run', '--epochs', '2')
+    encoder = models_mff.create_encoder('vit_tiny_patch4', (16, 16))
+    assert 'left out' in checkpoint.load_weights(encoder, result.output_dir / 'checkpoint-last.pth')
+    if 'target' not in choice:
+        with pytest.raises(InputError, match='fuse_|fusion'):
+            name = str(result.output_dir / 'checkpoint-last.pth')
+            checkpoint.load_weights(models_mff.create_model('mff_vit_tiny_patch4', 16), name, whole=True)
+    from util.export import export
+
+    export(result.output_dir / 'checkpoint-last.pth', tmp_path / 'exported')
+    assert (tmp_path / 'exported' / 'model.safetensors').exists()
