@@ -8,8 +8,8 @@ import torch
 from test_model import SMALL, layer_norm, linear, relative
 
 import models_mff
-from util import checkpoint, design_choices
-from util.args import InputError
+from util import checkpoint, design_choices, features, visualize
+from util.args import InputError, run
 from util.design_choices import DesignChoices
 
 # --- The paper's alternatives, computed a second way -----------------------------------------------------------
@@ -130,3 +130,79 @@ def test_a_run_with_choices(pretrain, tmp_path, choice):
 
     export(result.output_dir / 'checkpoint-last.pth', tmp_path / 'exported')
     assert (tmp_path / 'exported' / 'model.safetensors').exists()
+
+
+# --- Figures -------------------------------------------------------------------------------------------------------
+
+
+def test_spectrum_of_a_constant_and_of_waves():
+    rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing='ij')
+    constant = features.relative_log_amplitude(torch.full((2, 3, 8, 8), 5.0))
+    assert constant.tolist() == pytest.approx([0] + [math.log(1e-6) - math.log(5 * 64)] * 4)
+    for k in range(1, 5):  # 2 + 0.5 cos: amplitude 0.5 / 2 at +-k, both in one place at the highest
+        wave = 2 + 0.5 * torch.cos(2 * math.pi * k * (rows + columns) / 8)
+        spectrum = features.relative_log_amplitude(wave.expand(2, 3, 8, 8))
+        assert spectrum[k].item() == pytest.approx(math.log((0.25 if k < 4 else 0.5) / 2), abs=1e-4)
+        assert all(spectrum[other] < -10 for other in range(1, 5) if other != k)
+
+
+def test_spectrum_of_white_noise():
+    """Flat, but that zero and the highest are real Gaussians, with a mean logarithm lower by ln(2) / 2."""
+    noise = torch.randn(200, 100, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = [0, *[math.log(2) / 2] * 3, 0]
+    assert features.relative_log_amplitude(noise).tolist() == pytest.approx(expected, abs=0.03)
+    wide = torch.cat([noise[:2], torch.zeros(2, 100, 8, 5)], dim=-1)  # a rectangle counts as its square
+    assert torch.equal(features.relative_log_amplitude(wide), features.relative_log_amplitude(noise[:2]))
+
+
+def test_features_are_the_blocks_outputs_from_any_origin(pretrain):
+    path = str(pretrain('run', '--epochs', '1').output_dir / 'checkpoint-last.pth')
+    state = checkpoint.load_run(path)['model']
+    imgs = torch.randn(5, 3, 16, 16)
+    x = torch.einsum('ncrpsq,dcpq->nrsd', imgs.reshape(5, 3, 4, 4, 4, 4), state['patch_embed.proj.weight'])
+    x = x.flatten(1, 2) + state['patch_embed.proj.bias'] + state['pos_embed'][:, 1:]
+    x = torch.cat([(state['cls_token'] + state['pos_embed'][:, :1]).expand(5, -1, -1), x], dim=1)
+    encoder, flags = features.load_encoder(path)
+    maps = features.block_features(encoder, imgs, batch_size=2)
+    with torch.no_grad():
+        for block, ours in zip(encoder.blocks, maps, strict=True):
+            x = block(x)
+            assert relative(ours, x[:, 1:].transpose(1, 2).reshape(5, -1, 4, 4)) < 1e-5
+
+    foreign = path.replace('last', 'foreign')  # tensors alone, as other projects store them
+    torch.save({'model': state}, foreign)
+    again, found = features.load_encoder(foreign)
+    assert (found.model, found.input_size) == ('mff_vit_tiny_patch4', [16, 16]) and flags.input_size == [16, 16]
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in encoder.state_dict().items())
+    noise = torch.rand(5, 16)
+    preds = [features.load_model(file)[0](imgs, 0.75, noise)[1] for file in (path, foreign)]
+    assert torch.equal(*preds)
+    torch.save({'model': {name: tensor for name, tensor in state.items() if 'decoder' not in name}}, foreign)
+    with pytest.raises(InputError, match='lacks decoder'):
+        features.load_model(foreign)
+    torch.save({'model': {name: tensor for name, tensor in state.items() if not name.startswith('blocks.11')}}, foreign)
+    with pytest.raises(InputError, match='11 blocks, patch 4, which is no size'):
+        features.load_encoder(foreign)
+
+
+def test_commands_draw(pretrain, folder, tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    path = pretrain('run', '--epochs', '2', '--keep_every', '1').output_dir
+    checkpoints = [path / 'checkpoint-0001.pth', path / 'checkpoint-last.pth']
+    images = ['--images', *(folder / 'val').rglob('*.png')]
+    board = ['--tensorboard', tmp_path / 'board']
+    for figure, *flags in [('spectrum', *checkpoints, '--random', *images, *board), ('fusion', *checkpoints)]:
+        out = tmp_path / f'{figure}.png'
+        run(visualize.main, visualize.get_parser(), list(map(str, [figure, *flags, '--out', out])))
+        assert out.stat().st_size > 5000 and str(out) in capsys.readouterr().out
+    events = EventAccumulator(str(tmp_path / 'board'))
+    events.Reload()
+    assert events.Tags()['images'] == ['spectrum']
+    assert features.titles(checkpoints) == ['run/checkpoint-0001', 'run']
+    figure = visualize.fusion_figure({'a': {0: 0.25, 11: 0.75}, 'b': {0: 0.5, 5: 0.3, 11: 0.2}})
+    heights = [[bar.get_height() for bar in group] for group in figure.axes[0].containers]
+    assert heights == [[0.25, 0.75], [0.5, 0.3, 0.2]]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ['0', '5', '11']
+    panels = visualize.spectrum_figure({'a': [torch.randn(2, 3, 4, 4) for _ in range(2)]}).axes
+    assert len(panels) == 2 and len(panels[0].lines) == 2 and len(panels[1].lines[0].get_xdata()) == 2

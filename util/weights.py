@@ -369,7 +369,11 @@ def check_names(path, origin, taken, wanted):
                 else ''
             )
             more = f' and {len(names) - 1} more' if len(names) > 1 else ''
-            hint = '; --fuse_layers, --fuse_proj and --fusion must be those of the file' if part_of(names[0]) == 'fusion' else ''
+            hint = (
+                '; --fuse_layers, --fuse_proj and --fusion must be those of the file'
+                if part_of(names[0]) == 'fusion'
+                else ''
+            )
             raise InputError(f'{path}: {origin}; it {problem} {names[0]}{shapes}{more}{hint}')
 
 
