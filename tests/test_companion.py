@@ -1,13 +1,23 @@
 """What lets a reader check the paper's claims: the paper's alternatives, figures of features, the ablation's tables."""
 
+import json
 import math
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from test_model import SMALL, layer_norm, linear, relative
 
+import main_finetune
+import main_linprobe
+import main_pretrain
 import models_mff
+from benchmarks import ablation, ablation_report
 from util import checkpoint, design_choices, features, visualize
 from util.args import InputError, run
 from util.design_choices import DesignChoices
@@ -98,9 +108,7 @@ def test_low_frequencies_at_224_are_the_disc_of_40():
 
 
 def test_default_choices_are_the_plain_model(small_run):
-    from main_pretrain import get_parser
-
-    args = get_parser().parse_args(small_run('run'))
+    args = main_pretrain.get_parser().parse_args(small_run('run'))
     torch.manual_seed(0)
     ours = design_choices.create_model(args)
     torch.manual_seed(0)
@@ -206,3 +214,132 @@ def test_commands_draw(pretrain, folder, tmp_path, capsys):
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ['0', '5', '11']
     panels = visualize.spectrum_figure({'a': [torch.randn(2, 3, 4, 4) for _ in range(2)]}).axes
     assert len(panels) == 2 and len(panels[0].lines) == 2 and len(panels[1].lines[0].get_xdata()) == 2
+
+
+# --- The ablation --------------------------------------------------------------------------------------------------
+
+
+def write_log(folder, entries):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'log.jsonl').write_text('\n'.join(map(json.dumps, [{'command': 'x'}, *entries])) + '\n')
+
+
+def test_table_of_known_numbers(tmp_path):
+    results = []
+    for variant, offset, knn_2 in (('MAE, simple', 0.0, 20.0), ('MFF, simple', 3.0, 30.0)):
+        for seed, shift in enumerate((-2.0, 0.0, 2.0)):  # sample deviation 2
+            folder = tmp_path / f'{variant}{seed}'
+            fusion = {'fusion/layer_00': 0.4, 'fusion/layer_11': 0.6} if 'MFF' in variant else {'fusion/layer_11': 1.0}
+            entries = [{'step': s, 'epoch': s, 'loss': 1 / s, **fusion} for s in (1, 2, 3, 4)]
+            write_log(folder / 'pretrain', [*entries, {'step': 4, 'epoch': 4, 'val_loss': 0.5}])
+            results.append(
+                {'variant': variant, 'seed': seed, 'folder': str(folder), 'epochs': 4, 'loss': 0.5, 'knn_2': knn_2}
+                | {'knn': 40 + offset + shift, 'linprobe': 50 + shift, 'finetune': 60 - offset * (seed - 1)}
+            )
+    pairs = [('MFF, simple', 'MAE, simple'), ('not', 'run')]
+    table = ablation_report.write_report(tmp_path, 'the command', results, pairs).splitlines()
+    assert table[0] == '`the command`'
+    assert '| MAE, simple | 0.500 ± 0.000 | 40.0 ± 2.0 | 50.0 ± 2.0 | 60.0 ± 0.0 |' in table
+    assert '| MFF, simple | 0.500 ± 0.000 | 43.0 ± 2.0 | 50.0 ± 2.0 | 60.0 ± 3.0 |' in table
+    assert '| MFF, simple less MAE, simple | +0.000 ± 0.000 | +3.0 ± 0.0 | +0.0 ± 0.0 | +0.0 ± 3.0 |' in table
+    # From (2, 30) to (4, 43 + shift), up to 40 + shift: 2 + 2 * (10 + shift) / (13 + shift), the mean of 3.4545 to 3.6
+    assert table[-1].endswith('MAE, simple after 3.5 ± 0.1 of 4 epochs (in 3 of 3 seeds)')
+    assert json.loads((tmp_path / 'results.json').read_text()) == results
+    assert {path.name for path in tmp_path.glob('*.png')} == {'curves.png', 'convergence.png', 'fusion.png'}
+    assert len(ablation_report.loss_figure(results).axes[0].lines) == 6
+    (panel,) = ablation_report.fusion_figure(results).axes
+    assert panel.get_title() == 'MFF, simple' and len(panel.lines) == 6
+    points = [
+        bar.lines[0].get_xydata().tolist() for bar in ablation_report.convergence_figure(results).axes[0].containers
+    ]
+    assert points == [[[2, 20], [4, 40]], [[2, 30], [4, 43]]]
+
+
+def test_epochs_to_reach():
+    points = [(2, 30.0), (4, 40.0), (6, 38.0)]
+    needed = [ablation_report.epochs_to_reach(points, accuracy) for accuracy in (20, 30, 35, 39, 40, 41)]
+    assert needed == [2, 2, 3, pytest.approx(3.8), 4, None]
+
+
+class FakeMains:
+    """Stands in for ablation.Processes: its mains check their flags, write their log, and train nothing."""
+
+    def __init__(self):
+        self.started = []
+
+    def run(self, job, output, *flags):
+        main = {'pretrain': main_pretrain, 'linprobe': main_linprobe, 'finetune': main_finetune}[job]
+        args = main.get_parser().parse_args(flags)
+        self.started.append(args)
+        entry = {'step': 1, 'epoch': 1, 'loss': 2.0, 'fusion/layer_00': 0.5, 'fusion/layer_11': 0.5}
+        if job == 'linprobe' and args.knn:
+            return (
+                '20-nearest-neighbour top-1 48.10 %  by the cls token, on 9 images; x\n'
+                '20-nearest-neighbour top-1 47.60 %  by the mean of patches, on 9 images; x\n'
+            )
+        (ROOT / args.output_dir).mkdir(parents=True, exist_ok=True)
+        write_log(ROOT / args.output_dir, [entry, {'step': 1, 'epoch': 1, 'val_loss': 0.7, 'val_top1': 61.0}])
+        return ''
+
+
+@pytest.mark.parametrize('grid', ['fusion', 'choices'])
+def test_grid_runs_each_once(folder, tmp_path, grid):
+    flags = f'@recipes/ablation_quick.txt --data_path {folder} --output_dir {tmp_path / "out"} --grid {grid} --images 32 --labelled 60'
+    args = ablation.get_parser().parse_args(flags.split())
+    ablation.prepare(args)
+    count = {name: len(list((tmp_path / 'out/data' / name).rglob('*.npy'))) for name in ('images', 'labelled', 'val')}
+    assert count == {'images': 32, 'labelled': 60, 'val': 20}
+    mains = FakeMains()
+    for variant in ablation.GRIDS[grid]:
+        for _ in range(2):
+            result = ablation.train_and_measure(args, variant, 1, mains)
+        assert {**result, 'folder': ''} == {
+            'variant': variant, 'seed': 1, 'folder': '', 'epochs': 2,
+            'loss': 0.7, 'knn_1': 47.6, 'knn': 47.6, 'linprobe': 61.0, 'finetune': 61.0,
+        }  # fmt: skip
+    assert len(mains.started) == 5 * len(ablation.GRIDS[grid])
+    pretrained = [args for args in mains.started if hasattr(args, 'mask_ratio')]
+    told_apart = {(str(a.fuse_layers), a.crop, a.fuse_proj, a.fusion, a.target) for a in pretrained}
+    assert len(told_apart) == len(ablation.GRIDS[grid])
+    assert all(a.seed == 1 and a.total_batch_size == 16 and a.epochs == 2 for a in pretrained)
+    assert {name for pair in ablation.PAIRS[grid] for name in pair} <= ablation.GRIDS[grid].keys()
+    ablation.prepare(args)
+    args.epochs = 3
+    with pytest.raises(InputError, match='another experiment: --epochs 2 -> 3'):
+        ablation.prepare(args)
+
+
+def test_images_are_decoded_once(folder, tmp_path):
+    from util import data
+
+    source = data.open_source(str(folder), 'val')
+    ablation.write_arrays(source, 5, str(tmp_path / 'images'))
+    arrays = data.open_source(str(tmp_path / 'images'), 'train')
+    assert len(arrays) == 5
+    originals = {source[index][0].numpy().tobytes(): source[index][1] for index in (0, 5, 10, 14, 19)}
+    assert {image.numpy().tobytes() for image, _ in (arrays[i] for i in range(5))} == originals.keys()
+    for i in range(5):
+        image, label = arrays[i]
+        assert int(arrays.classes[label]) == originals[image.numpy().tobytes()]
+
+
+@pytest.mark.slow
+def test_ablation_goes_on_after_a_kill(tmp_path):
+    line = [sys.executable, '-m', 'benchmarks.ablation', '@recipes/ablation_quick.txt', '--data_path', 'shapes']
+    line += ['--output_dir', str(tmp_path), '--seeds', '1']
+    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    first = process.stdout.readline()
+    assert ': loss 0.' in first or ': loss 1.' in first
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    done = {path: path.read_text() for path in tmp_path.rglob('result.json')}
+    assert done and not (tmp_path / 'table.md').exists()
+    began = time.time()
+    again = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert first not in again.stdout and again.stdout.count(': loss ') == 4 - len(done)
+    for path in done:  # pre-training was not repeated
+        assert (path.parent / 'pretrain/checkpoint-last.pth').stat().st_mtime < began
+    table = (tmp_path / 'table.md').read_text()
+    assert all(f'| {name}' in table for name in ('MAE, simple', 'MFF, rrc', 'MFF, rrc less MAE, rrc'))
+    assert (tmp_path / 'fusion.png').exists()
