@@ -14,8 +14,8 @@ import os
 import torch
 
 import engine
-from models_mff import MODELS, create_model
-from util import checkpoint, data, distributed, optim, transforms
+from models_mff import MODELS
+from util import checkpoint, data, design_choices, distributed, optim, transforms
 from util.args import ArgumentParser, InputError, add_common_arguments, as_input_error, number, run
 
 
@@ -38,6 +38,7 @@ def get_parser():
     epochs = number(int, 1)
     add('--eval_every', type=epochs, default=1, help='epochs between validation losses (default: %(default)s)')
     add('--picture_every', type=epochs, default=20, help='epochs between reconstructions (default: %(default)s)')
+    design_choices.add_arguments(parser)
     return parser
 
 
@@ -46,7 +47,7 @@ def main(args):
     device_name = distributed.choose_device(args.device)
     torch.manual_seed(args.seed)
     with as_input_error():
-        model = create_model(args.model, args.input_size, args.in_chans, args.fuse_layers, args.norm_pix_loss)
+        model = design_choices.create_model(args)  # of models_mff, unless a flag asks for one of the alternatives
     model.grad_checkpointing = args.grad_checkpointing
     size, num_patches = model.patch_embed.img_size, model.patch_embed.num_patches
     if not 0 < int(num_patches * (1 - args.mask_ratio)) < num_patches:

@@ -12,7 +12,7 @@ import timm
 from safetensors.torch import save_file
 
 from models_mff import MODELS
-from util import checkpoint, transforms
+from util import checkpoint, design_choices, transforms
 from util.args import InputError
 from util.weights import convert_state_dict
 
@@ -26,7 +26,10 @@ ARCHITECTURES = {
 }
 
 # Flags of a run that its weights need; others, such as paths, stay at home.
-KEPT_FLAGS = ['model', 'input_size', 'in_chans', 'mean', 'std', 'fuse_layers', 'norm_pix_loss', 'mask_ratio', 'epochs']
+KEPT_FLAGS = [
+    *('model', 'input_size', 'in_chans', 'mean', 'std', 'fuse_layers', 'norm_pix_loss', 'mask_ratio', 'epochs'),
+    *design_choices.DEFAULTS,
+]
 
 
 def export(path, output_dir):

@@ -1,9 +1,11 @@
-"""Pictures of a model: reconstructions, and the curves of a run.
+"""Pictures of a model: reconstructions, fusion weights, frequency content of its features, and the curves of a run.
 
-    python -m util.visualize reconstruct OUTPUT_DIR/checkpoint-last.pth IMAGE [IMAGE ...] --out reconstruction.png
-    python -m util.visualize curves OUTPUT_DIR [OUTPUT_DIR ...] --out curves.png
+    python -m util.visualize reconstruct CHECKPOINT IMAGE [IMAGE ...] --seed 1
+    python -m util.visualize curves OUTPUT_DIR [OUTPUT_DIR ...]
+    python -m util.visualize fusion CHECKPOINT [CHECKPOINT ...]
+    python -m util.visualize spectrum CHECKPOINT [CHECKPOINT ...] --images IMAGE [IMAGE ...]
 
-The functions return matplotlib figures, for notebooks.
+Checkpoints are of any origin that util/weights.py knows. The functions return matplotlib figures, for notebooks.
 """
 
 import argparse
@@ -12,9 +14,9 @@ import os
 import torch
 from matplotlib.figure import Figure
 
-from models_mff import create_model
-from util import checkpoint, log, transforms
+from util import log, transforms
 from util.args import ArgumentParser, InputError, number, run
+from util.features import block_features, load_encoder, load_model, new_encoder, spectrum_figure, titles
 
 
 @torch.no_grad()
@@ -23,7 +25,7 @@ def reconstruct(model, imgs, mask_ratio=0.75, noise=None):
 
     With norm_pix_loss the model predicts each patch up to its mean and deviation. Both are taken from the true
     patch, masked ones included: that leaks the target's coarse colours into the picture. pasted shows the visible
-    patches as they were. Paper, appendix; MAE, figure 2.
+    patches as they were. MAE, figure 2.
     """
     model.eval()
     _, pred, mask = model(imgs, mask_ratio, noise)  # (N, L, p*p*C), (N, L)
@@ -53,21 +55,27 @@ def reconstruction_figure(model, imgs, statistics, mask_ratio=0.75, noise=None):
             axes[row, column].imshow(shown.clip(0, 1), cmap='gray' if grey else None, vmin=0, vmax=1)
             axes[row, column].axis('off')
     figure.supxlabel(
-        'predicted patches un-normalised with the true mean and deviation of each patch (leaks them)'
-        if model.norm_pix_loss
-        else 'pixels as predicted',
+        f'{mask_ratio:.0%} of the patches hidden; '
+        + (
+            'predictions un-normalised with the true mean and deviation of each patch (leaks them)'
+            if model.norm_pix_loss
+            else 'pixels as predicted'
+        ),
         fontsize=8,
     )
     return figure
 
 
 def curves_figure(output_dirs):
-    """Figure of loss and fusion weights over training, from the log.jsonl of one or more runs."""
-    figure = Figure(figsize=(9, 3.5), layout='constrained', dpi=100)
-    loss_axes, weight_axes = figure.subplots(1, 2)
-    labelled = set()
+    """Figure of loss and fusion weights over training, and the final weights, from log.jsonl of one or more runs.
+
+    The MFF paper's weights of the fused levels in the course of training.
+    """
+    figure = Figure(figsize=(12, 3.5), layout='constrained', dpi=100)
+    loss_axes, weight_axes, final_axes = figure.subplots(1, 3)
+    labelled, final = set(), {}
     for run_index, output_dir in enumerate(output_dirs):
-        title = os.path.basename(os.path.normpath(output_dir))
+        title = os.path.basename(os.path.abspath(output_dir))
         entries = [entry for entry in log.read(os.path.join(output_dir, 'log.jsonl')) if 'step' in entry]
         for name in sorted({name for entry in entries for name in entry}):
             points = [(entry['epoch'], entry[name]) for entry in entries if name in entry]
@@ -79,8 +87,10 @@ def curves_figure(output_dirs):
                 label = None if layer in labelled else f'layer {layer}'
                 weight_axes.plot(*zip(*points), style, color=f'C{layer % 10}', label=label)
                 labelled.add(layer)
+                final.setdefault(title, {})[layer] = points[-1][1]
     loss_axes.set(xlabel='epoch', ylabel='loss')
     weight_axes.set(xlabel='epoch', ylabel='fusion weight')
+    draw_fusion_weights(final_axes, final)
     for axes in (loss_axes, weight_axes):
         axes.grid(alpha=0.3)
         if axes.lines:
@@ -88,49 +98,111 @@ def curves_figure(output_dirs):
     return figure
 
 
-def load_model(path):
-    """(model, flags of the run) of a pre-training checkpoint of this project."""
-    state = checkpoint.load_run(path)
-    args = argparse.Namespace(**state['args'])
-    model = create_model(args.model, args.input_size, args.in_chans, args.fuse_layers, args.norm_pix_loss)
-    model.load_state_dict(state['model'])
-    return model, args
+def fusion_figure(weights):
+    """Figure of fusion weights {title: {layer: weight}} by layer. The MFF paper's weight of each fused level."""
+    figure = Figure(figsize=(5, 3.5), layout='constrained', dpi=100)
+    draw_fusion_weights(figure.subplots(), weights)
+    return figure
+
+
+def draw_fusion_weights(axes, weights):
+    """Bars of {title: {layer: weight}}, a group a layer, a colour a title."""
+    layers = sorted({layer for values in weights.values() for layer in values})
+    width = 0.8 / max(1, len(weights))
+    for index, (title, values) in enumerate(weights.items()):
+        places = [layers.index(layer) + (index - (len(weights) - 1) / 2) * width for layer in values]
+        axes.bar(places, list(values.values()), width, label=title)
+    axes.set(xlabel='layer', ylabel='fusion weight at the end', xticks=range(len(layers)), xticklabels=layers)
+    axes.grid(alpha=0.3, axis='y')
+    if weights:
+        axes.legend(fontsize=8)
+
+
+def read_images(paths, flags, size):
+    """Images as the model of a run with these flags takes them: (N, C, H, W), normalised. Raises InputError."""
+    transform = transforms.centre_transform(size)
+    images = [transform(transforms.read_given_image(path, flags.in_chans)) for path in paths]
+    return transforms.normalise(torch.stack(images), *transforms.pixel_statistics(flags))
+
+
+# --- Command: one function a figure -------------------------------------------------------------------------------
+
+
+def draw_reconstruction(args):
+    model, flags = load_model(args.checkpoint)
+    model.norm_pix_loss = model.norm_pix_loss if args.norm_pix_loss is None else args.norm_pix_loss
+    imgs = read_images(args.images, flags, model.patch_embed.img_size)
+    noise = torch.rand(len(imgs), model.patch_embed.num_patches, generator=torch.Generator().manual_seed(args.seed))
+    mask_ratio = flags.mask_ratio if args.mask_ratio is None else args.mask_ratio
+    return reconstruction_figure(model, imgs, transforms.pixel_statistics(flags), mask_ratio, noise)
+
+
+def draw_curves(args):
+    for output_dir in args.output_dirs:
+        if not log.read(os.path.join(output_dir, 'log.jsonl')):
+            raise InputError(f'{output_dir}: no log.jsonl in it')
+    return curves_figure(args.output_dirs)
+
+
+def draw_fusion(args):
+    models = [load_model(path)[0] for path in args.checkpoints]
+    weights = [dict(zip(model.fuse_layers, model.fusion_weights.tolist())) for model in models]
+    return fusion_figure(dict(zip(titles(args.checkpoints), weights)))
+
+
+def draw_spectrum(args):
+    encoders = dict(zip(titles(args.checkpoints), map(load_encoder, args.checkpoints)))
+    if args.random:
+        torch.manual_seed(args.seed)
+        flags = next(iter(encoders.values()))[1]
+        encoders['random weights'] = new_encoder(flags), flags
+    features = {}
+    for title, (encoder, flags) in encoders.items():
+        features[title] = block_features(encoder, read_images(args.images, flags, encoder.patch_embed.img_size))
+    return spectrum_figure(features)
 
 
 def main(args):
-    if args.figure == 'curves':
-        for output_dir in args.output_dirs:
-            if not log.read(os.path.join(output_dir, 'log.jsonl')):
-                raise InputError(f'{output_dir}: no log.jsonl in it')
-        figure = curves_figure(args.output_dirs)
-    else:
-        model, flags = load_model(args.checkpoint)
-        statistics = transforms.pixel_statistics(flags)
-        transform = transforms.centre_transform(model.patch_embed.img_size)
-        images = [transform(transforms.read_given_image(path, flags.in_chans)) for path in args.images]
-        imgs = transforms.normalise(torch.stack(images), *statistics)
-        noise = torch.rand(len(imgs), model.patch_embed.num_patches, generator=torch.Generator().manual_seed(args.seed))
-        mask_ratio = flags.mask_ratio if args.mask_ratio is None else args.mask_ratio
-        figure = reconstruction_figure(model, imgs, statistics, mask_ratio, noise)
+    figure, out = args.draw(args), args.out or f'{args.figure}.png'
     try:
-        figure.savefig(args.out)
+        figure.savefig(out)
+        if args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            with SummaryWriter(args.tensorboard) as board:
+                board.add_figure(args.figure, figure)
     except (OSError, ValueError) as error:
-        raise InputError(f'--out {args.out}: {error}') from None
-    print(f'wrote {args.out}')
+        raise InputError(f'{out}: {error}') from None
+    print(f'wrote {out}')
 
 
 def get_parser():
     parser = ArgumentParser('Pictures of a model')
     figures = parser.add_subparsers(dest='figure', required=True)
-    one = figures.add_parser('reconstruct', help='input, masked, reconstruction')
+
+    def add_figure(name, draw, text):
+        one = figures.add_parser(name, help=text)
+        one.set_defaults(draw=draw)
+        one.add_argument('--out', help=f'(default: {name}.png)')
+        one.add_argument('--tensorboard', metavar='DIR', help='also write it there, for TensorBoard')
+        return one
+
+    one = add_figure('reconstruct', draw_reconstruction, 'input, masked, reconstruction')
     one.add_argument('checkpoint')
     one.add_argument('images', nargs='+')
     one.add_argument('--mask_ratio', type=number(float, 0, 0.999), help='(default: that of the training)')
     one.add_argument('--seed', type=number(int, 0), default=0, help='of the masks')
-    one.add_argument('--out', default='reconstruction.png')
-    one = figures.add_parser('curves', help='loss and fusion weights over training')
+    boolean = argparse.BooleanOptionalAction
+    one.add_argument('--norm_pix_loss', action=boolean, help='for files that do not say it (default: yes)')
+    one = add_figure('curves', draw_curves, 'loss and fusion weights over training')
     one.add_argument('output_dirs', nargs='+')
-    one.add_argument('--out', default='curves.png')
+    one = add_figure('fusion', draw_fusion, 'fusion weights by layer')
+    one.add_argument('checkpoints', nargs='+')
+    one = add_figure('spectrum', draw_spectrum, 'frequency content of the features of each block')
+    one.add_argument('checkpoints', nargs='+')
+    one.add_argument('--images', nargs='+', required=True, metavar='IMAGE')
+    one.add_argument('--random', action='store_true', help='beside them, the first network with random weights')
+    one.add_argument('--seed', type=number(int, 0), default=0, help='of the random weights')
     return parser
 
 

@@ -226,7 +226,8 @@ def read_with_grid(path):
 
 def recognise(content, state):
     """The origin of a file's content, of which state is the converted form, in words."""
-    decoder, fusion, head = 'decoder_embed.weight' in state, 'fuse_logits' in state, state.get('head.weight')
+    decoder, head = 'decoder_embed.weight' in state, state.get('head.weight')
+    fusion = any(name.startswith('fuse_') for name in state)
     if any(name.startswith('backbone.') for name in inner_state(content)):
         project = 'mmpretrain'
     elif fusion or (isinstance(content.get('args'), dict) and 'input_size' in content['args']):
@@ -368,7 +369,11 @@ def check_names(path, origin, taken, wanted):
                 else ''
             )
             more = f' and {len(names) - 1} more' if len(names) > 1 else ''
-            hint = '; --fuse_layers must choose as many levels' if part_of(names[0]) == 'fusion' else ''
+            hint = (
+                '; --fuse_layers, --fuse_proj and --fusion must be those of the file'
+                if part_of(names[0]) == 'fusion'
+                else ''
+            )
             raise InputError(f'{path}: {origin}; it {problem} {names[0]}{shapes}{more}{hint}')
 
 

@@ -1,0 +1,345 @@
+"""What lets a reader check the paper's claims: the paper's alternatives, figures of features, the ablation's tables."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_model import SMALL, layer_norm, linear, relative
+
+import main_finetune
+import main_linprobe
+import main_pretrain
+import models_mff
+from benchmarks import ablation, ablation_report
+from util import checkpoint, design_choices, features, visualize
+from util.args import InputError, run
+from util.design_choices import DesignChoices
+
+# --- The paper's alternatives, computed a second way -----------------------------------------------------------
+
+
+def shaken(**choices):
+    """A small model with these choices, its parameters moved away from the symmetric start."""
+    torch.manual_seed(1)
+    model = DesignChoices(**{**SMALL, **choices})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def plain_fuse(s, levels, fuse_proj, fusion, heads=3):
+    """z (N, T, D) by the formulas, from the state s; levels: K tensors (N, T, D)."""
+    y = []
+    for k, x in enumerate(levels):
+        if k < len(levels) - 1 and fuse_proj == 'linear':
+            x = linear(s, f'fuse_projs.{k}', x)
+        elif k < len(levels) - 1 and fuse_proj == 'mlp':
+            hidden = linear(s, f'fuse_projs.{k}.0', x)
+            x = linear(s, f'fuse_projs.{k}.2', hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2))))
+        y.append(x)
+    if fusion == 'average':
+        weights = s['fuse_logits'].flatten().exp()
+        return sum(w / weights.sum() * x for w, x in zip(weights, y))
+    if fusion == 'uniform':
+        return sum(y) / len(y)
+    normed = [layer_norm(s, 'fuse_norm', x) for x in y]
+    q, k, v = zip(*(linear(s, 'fuse_attn.qkv', x).chunk(3, dim=-1) for x in normed))
+    out = []
+    for i in range(len(y)):  # each level asks all levels of the same token, head by head
+        parts = []
+        for columns in torch.arange(y[0].shape[-1]).chunk(heads):
+            scores = [(q[i] * k_j)[..., columns].sum(-1, keepdim=True) / math.sqrt(len(columns)) for k_j in k]
+            total = sum(score.exp() for score in scores)
+            parts.append(sum(score.exp() / total * v_j[..., columns] for score, v_j in zip(scores, v)))
+        out.append(y[i] + linear(s, 'fuse_attn.proj', torch.cat(parts, dim=-1)))
+    return sum(out) / len(out)
+
+
+@pytest.mark.parametrize('fuse_proj', ['linear', 'none', 'mlp'])
+@pytest.mark.parametrize('fusion', ['average', 'uniform', 'attention'])
+def test_projection_and_fusion_are_the_formula(fuse_proj, fusion):
+    model = shaken(fuse_proj=fuse_proj, fusion=fusion)
+    levels = [torch.randn(2, 5, 24) for _ in range(3)]
+    expected = plain_fuse(model.state_dict(), levels, fuse_proj, fusion)
+    assert relative(model.fuse(levels), expected) < 1e-5
+    weights = model.fusion_weights
+    assert weights.tolist() == pytest.approx([1 / 3] * 3) if fusion == 'uniform' else len(weights) in (0, 3)
+    model(torch.randn(2, 3, 32, 32))[0].backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    trained = {name for name, _ in model.named_parameters() if name.startswith('fuse_logits')}
+    assert trained == ({'fuse_logits'} if fusion == 'average' else set())
+
+
+@pytest.mark.parametrize('size', [(32, 32), (16, 40)])
+def test_low_frequency_target_is_pixmims(size):
+    """FACTS of PixMIM: |IFFT2(fftshift(FFT2(x)) M)| of the un-normalised image, M a disc; here by sums over waves."""
+    statistics = ([0.5, 0.4, 0.3], [0.2, 0.25, 0.3])
+    model = shaken(target='lowpass', statistics=statistics, img_size=size)
+    mean, std = (np.array(values).reshape(3, 1, 1) for values in statistics)
+    pixels = np.random.default_rng(0).random((3, *size))
+    (H, W), (rows, columns) = size, np.mgrid[: size[0], : size[1]]
+    kept = np.zeros((3, *size), dtype=complex)
+    for u in range(H):
+        for v in range(W):
+            if ((u - (H - 1) / 2) / H) ** 2 + ((v - (W - 1) / 2) / W) ** 2 <= (40 / 224) ** 2:
+                f, g = u - H // 2, v - W // 2  # the frequency at (u, v) once zero is in the middle
+                amplitude = (pixels * np.exp(-2j * np.pi * (f * rows / H + g * columns / W))).sum((1, 2), keepdims=True)
+                kept += amplitude * np.exp(2j * np.pi * (u * rows / H + v * columns / W)) / (H * W)
+    imgs = torch.from_numpy((pixels - mean) / std).float()[None]
+    expected = torch.from_numpy((np.abs(kept) - mean) / std).float()
+    target = model.low_frequency_target(imgs)[0]
+    assert relative(target, expected) < 1e-5 and relative(target, imgs[0]) > 0.1
+    loss, pred, mask = model(imgs)  # the loss is the plain model's against that target
+    plain = models_mff.MaskedAutoencoderMFF(**{**SMALL, 'img_size': size})
+    assert torch.equal(loss, plain.forward_loss(model.low_frequency_target(imgs), pred, mask))
+
+
+def test_low_frequencies_at_224_are_the_disc_of_40():
+    rows, columns = np.mgrid[:224, :224] - 111.5
+    assert torch.equal(design_choices.low_frequencies(224, 224), torch.tensor(np.hypot(rows, columns) <= 40).float())
+
+
+def test_default_choices_are_the_plain_model(small_run):
+    args = main_pretrain.get_parser().parse_args(small_run('run'))
+    torch.manual_seed(0)
+    ours = design_choices.create_model(args)
+    torch.manual_seed(0)
+    plain = models_mff.create_model(args.model, args.input_size)
+    assert type(ours) is models_mff.MaskedAutoencoderMFF
+    assert all(torch.equal(tensor, ours.state_dict()[name]) for name, tensor in plain.state_dict().items())
+    args.fuse_layers, args.fusion = [11], 'uniform'
+    with pytest.raises(ValueError, match='plain MAE'):
+        design_choices.create_model(args)
+
+
+@pytest.mark.parametrize('choice', ['--fusion attention', '--fuse_proj mlp --fusion uniform', '--target lowpass'])
+def test_a_run_with_choices(pretrain, tmp_path, choice):
+    result = pretrain('run', '--epochs', '2', *choice.split())
+    losses = list(result.losses.values())
+    assert len(losses) == 8 and losses[-1] < losses[0]
+    assert any('fusion/layer_00' in entry for entry in result.entries) == ('attention' not in choice)
+    with pytest.raises(SystemExit):  # another architecture, or another target
+        pretrain('run', '--epochs', '2')
+    encoder = models_mff.create_encoder('vit_tiny_patch4', (16, 16))
+    assert 'left out' in checkpoint.load_weights(encoder, result.output_dir / 'checkpoint-last.pth')
+    if 'target' not in choice:
+        with pytest.raises(InputError, match='fuse_|fusion'):
+            name = str(result.output_dir / 'checkpoint-last.pth')
+            checkpoint.load_weights(models_mff.create_model('mff_vit_tiny_patch4', 16), name, whole=True)
+    from util.export import export
+
+    export(result.output_dir / 'checkpoint-last.pth', tmp_path / 'exported')
+    assert (tmp_path / 'exported' / 'model.safetensors').exists()
+
+
+# --- Figures -------------------------------------------------------------------------------------------------------
+
+
+def test_spectrum_of_a_constant_and_of_waves():
+    rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing='ij')
+    constant = features.relative_log_amplitude(torch.full((2, 3, 8, 8), 5.0))
+    assert constant.tolist() == pytest.approx([0] + [math.log(1e-6) - math.log(5 * 64)] * 4)
+    for k in range(1, 5):  # 2 + 0.5 cos: amplitude 0.5 / 2 at +-k, both in one place at the highest
+        wave = 2 + 0.5 * torch.cos(2 * math.pi * k * (rows + columns) / 8)
+        spectrum = features.relative_log_amplitude(wave.expand(2, 3, 8, 8))
+        assert spectrum[k].item() == pytest.approx(math.log((0.25 if k < 4 else 0.5) / 2), abs=1e-4)
+        assert all(spectrum[other] < -10 for other in range(1, 5) if other != k)
+
+
+def test_spectrum_of_white_noise():
+    """Flat, but that zero and the highest are real Gaussians, with a mean logarithm lower by ln(2) / 2."""
+    noise = torch.randn(200, 100, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = [0, *[math.log(2) / 2] * 3, 0]
+    assert features.relative_log_amplitude(noise).tolist() == pytest.approx(expected, abs=0.03)
+    wide = torch.cat([noise[:2], torch.zeros(2, 100, 8, 5)], dim=-1)  # a rectangle counts as its square
+    assert torch.equal(features.relative_log_amplitude(wide), features.relative_log_amplitude(noise[:2]))
+
+
+def test_features_are_the_blocks_outputs_from_any_origin(pretrain):
+    path = str(pretrain('run', '--epochs', '1').output_dir / 'checkpoint-last.pth')
+    state = checkpoint.load_run(path)['model']
+    imgs = torch.randn(5, 3, 16, 16)
+    x = torch.einsum('ncrpsq,dcpq->nrsd', imgs.reshape(5, 3, 4, 4, 4, 4), state['patch_embed.proj.weight'])
+    x = x.flatten(1, 2) + state['patch_embed.proj.bias'] + state['pos_embed'][:, 1:]
+    x = torch.cat([(state['cls_token'] + state['pos_embed'][:, :1]).expand(5, -1, -1), x], dim=1)
+    encoder, flags = features.load_encoder(path)
+    maps = features.block_features(encoder, imgs, batch_size=2)
+    with torch.no_grad():
+        for block, ours in zip(encoder.blocks, maps, strict=True):
+            x = block(x)
+            assert relative(ours, x[:, 1:].transpose(1, 2).reshape(5, -1, 4, 4)) < 1e-5
+
+    foreign = path.replace('last', 'foreign')  # tensors alone, as other projects store them
+    torch.save({'model': state}, foreign)
+    again, found = features.load_encoder(foreign)
+    assert (found.model, found.input_size) == ('mff_vit_tiny_patch4', [16, 16]) and flags.input_size == [16, 16]
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in encoder.state_dict().items())
+    noise = torch.rand(5, 16)
+    preds = [features.load_model(file)[0](imgs, 0.75, noise)[1] for file in (path, foreign)]
+    assert torch.equal(*preds)
+    torch.save({'model': {name: tensor for name, tensor in state.items() if 'decoder' not in name}}, foreign)
+    with pytest.raises(InputError, match='lacks decoder'):
+        features.load_model(foreign)
+    torch.save({'model': {name: tensor for name, tensor in state.items() if not name.startswith('blocks.11')}}, foreign)
+    with pytest.raises(InputError, match='11 blocks, patch 4, which is no size'):
+        features.load_encoder(foreign)
+
+
+def test_commands_draw(pretrain, folder, tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    path = pretrain('run', '--epochs', '2', '--keep_every', '1').output_dir
+    checkpoints = [path / 'checkpoint-0001.pth', path / 'checkpoint-last.pth']
+    images = ['--images', *(folder / 'val').rglob('*.png')]
+    board = ['--tensorboard', tmp_path / 'board']
+    for figure, *flags in [('spectrum', *checkpoints, '--random', *images, *board), ('fusion', *checkpoints)]:
+        out = tmp_path / f'{figure}.png'
+        run(visualize.main, visualize.get_parser(), list(map(str, [figure, *flags, '--out', out])))
+        assert out.stat().st_size > 5000 and str(out) in capsys.readouterr().out
+    events = EventAccumulator(str(tmp_path / 'board'))
+    events.Reload()
+    assert events.Tags()['images'] == ['spectrum']
+    assert features.titles(checkpoints) == ['run/checkpoint-0001', 'run']
+    figure = visualize.fusion_figure({'a': {0: 0.25, 11: 0.75}, 'b': {0: 0.5, 5: 0.3, 11: 0.2}})
+    heights = [[bar.get_height() for bar in group] for group in figure.axes[0].containers]
+    assert heights == [[0.25, 0.75], [0.5, 0.3, 0.2]]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ['0', '5', '11']
+    panels = visualize.spectrum_figure({'a': [torch.randn(2, 3, 4, 4) for _ in range(2)]}).axes
+    assert len(panels) == 2 and len(panels[0].lines) == 2 and len(panels[1].lines[0].get_xdata()) == 2
+
+
+# --- The ablation --------------------------------------------------------------------------------------------------
+
+
+def write_log(folder, entries):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'log.jsonl').write_text('\n'.join(map(json.dumps, [{'command': 'x'}, *entries])) + '\n')
+
+
+def test_table_of_known_numbers(tmp_path):
+    results = []
+    for variant, offset, knn_2 in (('MAE, simple', 0.0, 20.0), ('MFF, simple', 3.0, 30.0)):
+        for seed, shift in enumerate((-2.0, 0.0, 2.0)):  # sample deviation 2
+            folder = tmp_path / f'{variant}{seed}'
+            fusion = {'fusion/layer_00': 0.4, 'fusion/layer_11': 0.6} if 'MFF' in variant else {'fusion/layer_11': 1.0}
+            entries = [{'step': s, 'epoch': s, 'loss': 1 / s, **fusion} for s in (1, 2, 3, 4)]
+            write_log(folder / 'pretrain', [*entries, {'step': 4, 'epoch': 4, 'val_loss': 0.5}])
+            results.append(
+                {'variant': variant, 'seed': seed, 'folder': str(folder), 'epochs': 4, 'loss': 0.5, 'knn_2': knn_2}
+                | {'knn': 40 + offset + shift, 'linprobe': 50 + shift, 'finetune': 60 - offset * (seed - 1)}
+            )
+    pairs = [('MFF, simple', 'MAE, simple'), ('not', 'run')]
+    table = ablation_report.write_report(tmp_path, 'the command', results, pairs).splitlines()
+    assert table[0] == '`the command`'
+    assert '| MAE, simple | 0.500 ± 0.000 | 40.0 ± 2.0 | 50.0 ± 2.0 | 60.0 ± 0.0 |' in table
+    assert '| MFF, simple | 0.500 ± 0.000 | 43.0 ± 2.0 | 50.0 ± 2.0 | 60.0 ± 3.0 |' in table
+    assert '| MFF, simple less MAE, simple | +0.000 ± 0.000 | +3.0 ± 0.0 | +0.0 ± 0.0 | +0.0 ± 3.0 |' in table
+    # From (2, 30) to (4, 43 + shift), up to 40 + shift: 2 + 2 * (10 + shift) / (13 + shift), the mean of 3.4545 to 3.6
+    assert table[-1].endswith('MAE, simple after 3.5 ± 0.1 of 4 epochs (in 3 of 3 seeds)')
+    assert json.loads((tmp_path / 'results.json').read_text()) == results
+    assert {path.name for path in tmp_path.glob('*.png')} == {'curves.png', 'convergence.png', 'fusion.png'}
+    assert len(ablation_report.loss_figure(results).axes[0].lines) == 6
+    (panel,) = ablation_report.fusion_figure(results).axes
+    assert panel.get_title() == 'MFF, simple' and len(panel.lines) == 6
+    points = [
+        bar.lines[0].get_xydata().tolist() for bar in ablation_report.convergence_figure(results).axes[0].containers
+    ]
+    assert points == [[[2, 20], [4, 40]], [[2, 30], [4, 43]]]
+
+
+def test_epochs_to_reach():
+    points = [(2, 30.0), (4, 40.0), (6, 38.0)]
+    needed = [ablation_report.epochs_to_reach(points, accuracy) for accuracy in (20, 30, 35, 39, 40, 41)]
+    assert needed == [2, 2, 3, pytest.approx(3.8), 4, None]
+
+
+class FakeMains:
+    """Stands in for ablation.Processes: its mains check their flags, write their log, and train nothing."""
+
+    def __init__(self):
+        self.started = []
+
+    def run(self, job, output, *flags):
+        main = {'pretrain': main_pretrain, 'linprobe': main_linprobe, 'finetune': main_finetune}[job]
+        args = main.get_parser().parse_args(flags)
+        self.started.append(args)
+        entry = {'step': 1, 'epoch': 1, 'loss': 2.0, 'fusion/layer_00': 0.5, 'fusion/layer_11': 0.5}
+        if job == 'linprobe' and args.knn:
+            return (
+                '20-nearest-neighbour top-1 48.10 %  by the cls token, on 9 images; x\n'
+                '20-nearest-neighbour top-1 47.60 %  by the mean of patches, on 9 images; x\n'
+            )
+        (ROOT / args.output_dir).mkdir(parents=True, exist_ok=True)
+        write_log(ROOT / args.output_dir, [entry, {'step': 1, 'epoch': 1, 'val_loss': 0.7, 'val_top1': 61.0}])
+        return ''
+
+
+@pytest.mark.parametrize('grid', ['fusion', 'choices'])
+def test_grid_runs_each_once(folder, tmp_path, grid):
+    flags = f'@recipes/ablation_quick.txt --data_path {folder} --output_dir {tmp_path / "out"} --grid {grid} --images 32 --labelled 60'
+    args = ablation.get_parser().parse_args(flags.split())
+    ablation.prepare(args)
+    count = {name: len(list((tmp_path / 'out/data' / name).rglob('*.npy'))) for name in ('images', 'labelled', 'val')}
+    assert count == {'images': 32, 'labelled': 60, 'val': 20}
+    mains = FakeMains()
+    for variant in ablation.GRIDS[grid]:
+        for _ in range(2):
+            result = ablation.train_and_measure(args, variant, 1, mains)
+        assert {**result, 'folder': ''} == {
+            'variant': variant, 'seed': 1, 'folder': '', 'epochs': 2,
+            'loss': 0.7, 'knn_1': 47.6, 'knn': 47.6, 'linprobe': 61.0, 'finetune': 61.0,
+        }  # fmt: skip
+    assert len(mains.started) == 5 * len(ablation.GRIDS[grid])
+    pretrained = [args for args in mains.started if hasattr(args, 'mask_ratio')]
+    told_apart = {(str(a.fuse_layers), a.crop, a.fuse_proj, a.fusion, a.target) for a in pretrained}
+    assert len(told_apart) == len(ablation.GRIDS[grid])
+    assert all(a.seed == 1 and a.total_batch_size == 16 and a.epochs == 2 for a in pretrained)
+    assert {name for pair in ablation.PAIRS[grid] for name in pair} <= ablation.GRIDS[grid].keys()
+    ablation.prepare(args)
+    args.epochs = 3
+    with pytest.raises(InputError, match='another experiment: --epochs 2 -> 3'):
+        ablation.prepare(args)
+
+
+def test_images_are_decoded_once(folder, tmp_path):
+    from util import data
+
+    source = data.open_source(str(folder), 'val')
+    ablation.write_arrays(source, 5, str(tmp_path / 'images'))
+    arrays = data.open_source(str(tmp_path / 'images'), 'train')
+    assert len(arrays) == 5
+    originals = {source[index][0].numpy().tobytes(): source[index][1] for index in (0, 5, 10, 14, 19)}
+    assert {image.numpy().tobytes() for image, _ in (arrays[i] for i in range(5))} == originals.keys()
+    for i in range(5):
+        image, label = arrays[i]
+        assert int(arrays.classes[label]) == originals[image.numpy().tobytes()]
+
+
+@pytest.mark.slow
+def test_ablation_goes_on_after_a_kill(tmp_path):
+    line = [sys.executable, '-m', 'benchmarks.ablation', '@recipes/ablation_quick.txt', '--data_path', 'shapes']
+    line += ['--output_dir', str(tmp_path), '--seeds', '1']
+    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    first = process.stdout.readline()
+    assert ': loss 0.' in first or ': loss 1.' in first
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    done = {path: path.read_text() for path in tmp_path.rglob('result.json')}
+    assert done and not (tmp_path / 'table.md').exists()
+    began = time.time()
+    again = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert first not in again.stdout and again.stdout.count(': loss ') == 4 - len(done)
+    for path in done:  # pre-training was not repeated
+        assert (path.parent / 'pretrain/checkpoint-last.pth').stat().st_mtime < began
+    table = (tmp_path / 'table.md').read_text()
+    assert all(f'| {name}' in table for name in ('MAE, simple', 'MFF, rrc', 'MFF, rrc less MAE, rrc'))
+    assert (tmp_path / 'fusion.png').exists()

@@ -1,0 +1,120 @@
+"""What the layers of an encoder hold: a model from any checkpoint, its features by block, their frequency content."""
+
+import argparse
+import os
+
+import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+from models_mff import MODELS, create_encoder
+from util import checkpoint, design_choices, weights
+from util.args import InputError, as_input_error
+
+# --- Models -----------------------------------------------------------------------------------------------------
+
+
+def read_flags(path):
+    """The flags of the run that made a checkpoint of any known origin; read off the tensors where none are stored.
+
+    Raises:
+        InputError: as weights.read_weights, or if it is of no size in MODELS.
+    """
+    usual = {'in_chans': 3, 'mean': None, 'std': None, 'fuse_layers': None, 'norm_pix_loss': True, 'mask_ratio': 0.75}
+    args = weights.read_file(path).get('args')
+    if isinstance(args, dict) and 'model' in args:
+        return argparse.Namespace(**usual | args)
+    state, origin, grid = weights.read_with_grid(path)
+    width, in_chans, patch_size, _ = state['patch_embed.proj.weight'].shape
+    depth = 1 + max(int(name.split('.')[1]) for name in state if name.startswith('blocks.'))
+    for name, size in MODELS.items():
+        sizes = {'patch_size': 16, **size.keywords}
+        if (sizes['embed_dim'], sizes['depth'], sizes['patch_size']) == (width, depth, patch_size):
+            fusion = {} if 'fuse_logits' in state else {'fuse_layers': [depth - 1]}
+            found = {'model': name, 'in_chans': in_chans, 'input_size': [side * patch_size for side in grid]}
+            return argparse.Namespace(**usual | found | fusion)
+    raise InputError(f'{path}: {origin}, {width} wide, {depth} blocks, patch {patch_size}, which is no size in MODELS')
+
+
+def load_model(path):
+    """(pre-training model, flags) of a checkpoint of any known origin. InputError if it has no decoder, or as above."""
+    flags = read_flags(path)
+    flags.model = 'mff_' + flags.model.removeprefix('mff_')
+    with as_input_error():
+        model = design_choices.create_model(flags)
+    weights.load_weights(model, path, whole=True)
+    return model.eval(), flags
+
+
+def load_encoder(path):
+    """(timm's VisionTransformer without a head, flags) of a checkpoint of any known origin: nothing is masked."""
+    flags = read_flags(path)
+    state, _ = weights.read_weights(path)
+    model = new_encoder(flags, 'avg' if 'fc_norm.weight' in state else 'token')
+    weights.load_weights(model, path)
+    return model, flags
+
+
+def new_encoder(flags, global_pool='token'):
+    """The encoder that flags describe, with random weights."""
+    name = flags.model.removeprefix('mff_')
+    with as_input_error():
+        return create_encoder(name, flags.input_size, flags.in_chans, global_pool).eval()
+
+
+def titles(paths):
+    """Short names for checkpoints: folder and file, only the folder for checkpoint-last.pth; the paths if any clash."""
+    short = []
+    for path in paths:
+        folder, name = os.path.split(os.path.abspath(path))
+        short.append('/'.join([os.path.basename(folder)] + [os.path.splitext(name)[0]] * (name != checkpoint.LAST)))
+    return short if len(set(short)) == len(short) else list(paths)
+
+
+# --- Features -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def block_features(encoder, imgs, batch_size=64):
+    """The patch tokens behind each block, in their places: a list of (N, D, h, w), of imgs (N, C, H, W) normalised."""
+    chunks = [encoder.forward_intermediates(chunk, intermediates_only=True) for chunk in imgs.split(batch_size)]
+    return [torch.cat(parts) for parts in zip(*chunks)]
+
+
+def relative_log_amplitude(maps):
+    """Log amplitude of the Fourier transform of maps (N, D, h, w) by frequency, less that of frequency zero.
+
+    The mean over images and channels of log |FFT2|, along the diagonal from zero to the highest frequency, pi, of
+    the largest square: (1 + min(h, w) // 2,). 0 at frequency zero by definition; the lower the end, the less fine
+    detail. Park and Kim, "How Do Vision Transformers Work?" (arXiv 2202.06709), Fourier analysis of feature maps; the
+    MFF paper analyses its features by frequency in the same way.
+    """
+    side = min(maps.shape[-2:])
+    amplitude = torch.fft.fft2(maps[..., :side, :side].double()).abs()
+    diagonal = amplitude.diagonal(dim1=-2, dim2=-1)[..., : side // 2 + 1]  # (N, D, F)
+    log_amplitude = (diagonal + 1e-6).log().mean((0, 1))
+    return log_amplitude - log_amplitude[0]
+
+
+def spectrum_figure(features):
+    """Figure of the relative log amplitude by frequency and block, checkpoints side by side, and at pi by block.
+
+    features: {title: list of (N, D, h, w), a block each}, as block_features gives them. The MFF paper's analysis of
+    MAE's and MFF's features by frequency; the last panel is Park and Kim's high-frequency amplitude by depth.
+    """
+    figure = Figure(figsize=(3.2 * (len(features) + 1), 3.3), layout='constrained', dpi=100)
+    *axes, last = figure.subplots(1, len(features) + 1, sharey=True)
+    for panel, (title, blocks) in zip(axes, features.items()):
+        curves = [relative_log_amplitude(maps) for maps in blocks]
+        for depth, curve in enumerate(curves):
+            frequency = torch.linspace(0, 1, len(curve))
+            panel.plot(frequency, curve, color=colormaps['viridis'](depth / len(curves)), label=f'block {depth}')
+        panel.set(title=title, xlabel='frequency / π')
+        last.plot([curve[-1] for curve in curves], 'o-', markersize=3, label=title)
+    axes[0].set(ylabel='relative log amplitude')
+    axes[-1].legend(fontsize=6, ncols=2)
+    last.set(title='at the highest frequency', xlabel='block')
+    last.legend(fontsize=8)
+    for panel in (*axes, last):
+        panel.grid(alpha=0.3)
+    return figure
