@@ -284,8 +284,8 @@ class FakeMains:
 
 @pytest.mark.parametrize('grid', ['fusion', 'choices'])
 def test_grid_runs_each_once(folder, tmp_path, grid):
-    flags = f'@recipes/ablation_quick.txt --data_path {folder} --output_dir {tmp_path / "out"} --grid {grid} --images 32 --labelled 60'
-    args = ablation.get_parser().parse_args(flags.split())
+    flags = f'@recipes/ablation_quick.txt --data_path {folder} --output_dir {tmp_path / "out"} --grid {grid}'
+    args = ablation.get_parser().parse_args([*flags.split(), '--images', '32', '--labelled', '60'])
     ablation.prepare(args)
     count = {name: len(list((tmp_path / 'out/data' / name).rglob('*.npy'))) for name in ('images', 'labelled', 'val')}
     assert count == {'images': 32, 'labelled': 60, 'val': 20}
