@@ -29,6 +29,7 @@ class Plan:
     total_steps: int
     warmup_steps: int
     lr: float  # at its peak
+    bad: data.BadImages  # those of the current epoch, in this process
     start: int = 0  # optimiser steps already done
     lock: object = None  # holds --output_dir
     state: dict | None = None  # the checkpoint to go on from
@@ -82,9 +83,9 @@ def make_plan(args, source, model):
     if args.min_lr > lr:
         raise InputError(f'--min_lr {args.min_lr:g} is more than the learning rate, {lr:g}')
     total_steps, warmup_steps = args.epochs * steps_per_epoch, int(args.warmup_epochs * steps_per_epoch)
-    plan = Plan(
-        args, source, rank, world_size, batch_size, accumulation, steps_per_epoch, total_steps, warmup_steps, lr
-    )
+    bad = data.BadImages(num_images, args.max_bad, args.output_dir)
+    sizes = (batch_size, accumulation, steps_per_epoch, total_steps, warmup_steps)
+    plan = Plan(args, source, rank, world_size, *sizes, lr, bad)
     plan.record['num_images'] = num_images
     checkpoint.make_output_dir(args.output_dir)
     if rank == 0:
@@ -160,8 +161,10 @@ def train_one_epoch(plan, model, batches, loss_fn, optimizer, scaler, steps, log
 
     Raises:
         FloatingPointError: if that happens MAX_SKIPPED times in a row.
+        RunError: on rank 0, if more of this epoch's images are bad than --max_bad; other processes exit.
     """
     args = plan.args
+    plan.bad.count = 0
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     losses, norms, waited, began = [], [], 0.0, time.perf_counter()
@@ -191,7 +194,10 @@ def train_one_epoch(plan, model, batches, loss_fn, optimizer, scaler, steps, log
 
         if (step + 1) % args.log_every == 0 or step + 1 == steps.stop:  # the only place that waits for the device
             num_steps, seconds = len(losses), time.perf_counter() - began
-            losses = (distributed.sum_over_processes(torch.stack(losses)) / plan.world_size).tolist()
+            sums = torch.stack([*losses, torch.full_like(losses[0], plan.bad.count)]).float()
+            *losses, bad_images = distributed.sum_over_processes(sums).tolist()
+            losses = [loss / plan.world_size for loss in losses]
+            plan.bad.check(int(bad_images))
             norms = torch.stack(norms).tolist()
             good = [index for index, norm in enumerate(norms) if math.isfinite(norm)]
             values = {
@@ -205,6 +211,8 @@ def train_one_epoch(plan, model, batches, loss_fn, optimizer, scaler, steps, log
                 values['loss_scale'] = scaler.get_scale()
             if len(good) < num_steps:
                 values['skipped'] = num_steps - len(good)
+            if bad_images:
+                values['bad_images'] = int(bad_images)
             log.entry(step + 1, (step + 1) / plan.steps_per_epoch, values | (extra() if extra else {}))
             note_skipped(
                 plan, [step + 1 - num_steps + index for index in range(num_steps) if index not in good], scaler
@@ -235,7 +243,8 @@ def note_skipped(plan, steps, scaler):
 def evaluate(model, loader, measure):
     """{name: mean over all images of all processes} of what measure(model, batch) gives as means over a batch.
 
-    Each process has its own share of the images in loader, each image once.
+    Each process has its own share of the images in loader, each image once, but for those that cannot be read: they
+    are left out, and their number is 'val_bad_images' if there are any. Above --max_bad it is a RunError.
     """
     model.eval()
     distributed.share_buffers(model)
@@ -245,7 +254,10 @@ def evaluate(model, loader, measure):
             totals[name] = totals.get(name, 0.0) + value.float() * len(batch[0])
         count += len(batch[0])
     sums = distributed.sum_over_processes(torch.stack([count, *totals.values()])).tolist()
-    return {name: value / sums[0] for name, value in zip(totals, sums[1:])}
+    bad_images = len(loader.batches.dataset) - int(sums[0])
+    loader.bad.check(bad_images)
+    means = {name: value / sums[0] for name, value in zip(totals, sums[1:])}
+    return means | ({'val_bad_images': bad_images} if bad_images else {})
 
 
 # --- Classification: what fine-tuning and probing share -------------------------------------------------------
@@ -290,7 +302,8 @@ def prepare_classification(args, model, origin, size, train_source, val_source, 
     model.to(device)
     samples = data.Samples(val_source, transforms.centre_transform(size, args.crop_pct, transforms.BICUBIC))
     keys = data.fixed_batches(len(samples), args.batch_size or 128, *distributed.world())
-    val_loader = data.Loader(samples, keys, device, statistics, args.num_workers)
+    bad = data.BadImages(len(samples), args.max_bad, None if only_measure else args.output_dir)
+    val_loader = data.Loader(samples, keys, device, statistics, args.num_workers, bad, leave_out=True)
     autocast, scaler = distributed.mixed_precision(args.amp, device)
     return Task(args, model, plan, device, autocast, scaler, train_source, val_loader, val_source.classes, origin)
 
@@ -300,7 +313,7 @@ def train_classifier(task, optimizer, loss_fn, transform):
     args, plan = task.args, task.plan
     samples = data.Samples(task.train_source, transform, seed=args.seed)
     statistics = transforms.pixel_statistics(args)
-    loader = data.Loader(samples, plan.batch_keys(), task.device, statistics, args.num_workers)
+    loader = data.Loader(samples, plan.batch_keys(), task.device, statistics, args.num_workers, plan.bad)
     plan.record['classes'] = list(map(str, task.classes))
     plan.record['best_top1'] = plan.state['best_top1'] if plan.state else -1.0
 
@@ -335,9 +348,12 @@ def evaluate_classifier(task):
 def report(task):
     """Evaluate and print one line."""
     metrics = evaluate_classifier(task)
+    bad = metrics.get('val_bad_images', 0)
     if distributed.world()[0] == 0:
         print(
             f'{task.origin}\ntop-1 {metrics["val_top1"]:.2f} %  top-5 {metrics["val_top5"]:.2f} %  '
-            f'loss {metrics["val_loss"]:.4f}  on {len(task.val_loader.batches.dataset)} images'
+            f'loss {metrics["val_loss"]:.4f}  on {task.val_loader.bad.num_images - bad} images'
+            + f' ({bad} cannot be read)'
+            * (bad > 0)
         )
     distributed.stop()

@@ -114,7 +114,8 @@ def report_neighbours(task, size):
     args, device = task.args, task.device
     samples = data.Samples(task.train_source, transforms.centre_transform(size, args.crop_pct, transforms.BICUBIC))
     keys = data.fixed_batches(len(samples), args.batch_size or 128)
-    bank_loader = data.Loader(samples, keys, device, transforms.pixel_statistics(args), args.num_workers)
+    statistics, bad = transforms.pixel_statistics(args), data.BadImages(len(samples), args.max_bad)
+    bank_loader = data.Loader(samples, keys, device, statistics, args.num_workers, bad, leave_out=True)
     bank, bank_labels = extract_features(task, bank_loader, 'training images')
     queries, labels = extract_features(task, task.val_loader, 'validation images')
     for name in bank:
@@ -134,6 +135,7 @@ def extract_features(task, loader, title):
         features['cls token'].append(tokens[:, 0])
         features['mean of patches'].append(tokens[:, 1:].mean(1))
         labels.append(target)
+    loader.bad.check(loader.bad.count)
     return {name: torch.cat(parts) for name, parts in features.items()}, torch.cat(labels)
 
 

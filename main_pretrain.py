@@ -75,11 +75,12 @@ def main(args):
 
     # --- Data -------------------------------------------------------------------------------------------------
     samples = data.Samples(train_source, transforms.pretrain_transform(size, args.crop), num_patches, args.seed)
-    loader = data.Loader(samples, plan.batch_keys(), device, statistics, args.num_workers)
+    loader = data.Loader(samples, plan.batch_keys(), device, statistics, args.num_workers, plan.bad)
     val_samples = data.Samples(val_source or train_source, transforms.centre_transform(size), num_patches)
     if val_source:  # always with the same masks: fixed_batches are of epoch 0
         val_keys = data.fixed_batches(len(val_source), plan.batch_size, plan.rank, plan.world_size)
-        val_loader = data.Loader(val_samples, val_keys, device, statistics, args.num_workers)
+        val_bad = data.BadImages(len(val_source), args.max_bad, args.output_dir)
+        val_loader = data.Loader(val_samples, val_keys, device, statistics, args.num_workers, val_bad, leave_out=True)
 
     # --- Train ------------------------------------------------------------------------------------------------
     def end_of_epoch(epoch, step, log):
@@ -108,7 +109,7 @@ def draw_reconstruction(model, samples, statistics, args, log, step, count=8):
 
     count = min(count, len(samples))
     keys = [(0, (i * len(samples) // count + i) % len(samples)) for i in range(count)]  # + i: of different classes
-    images, noise = torch.utils.data.default_collate([samples[key] for key in keys])
+    images, noise, _ = torch.utils.data.default_collate([samples[key] for key in keys])
     imgs, noise = (x.to(model.pos_embed.device) for x in (transforms.normalise(images, *statistics), noise))
     figure = reconstruction_figure(model, imgs, statistics, args.mask_ratio, noise)
     with log.going_on():

@@ -274,9 +274,9 @@ def test_samples_depend_on_seed_epoch_and_index_only():
     samples = data.Samples(source, transform, num_patches=16, seed=1)
     keys = [(epoch, index) for epoch in range(2) for index in range(5)]
     forward, backward = [samples[key] for key in keys], [samples[key] for key in reversed(keys)][::-1]
-    for (image, noise), (image_again, noise_again) in zip(forward, backward):
+    for (image, noise, _), (image_again, noise_again, _) in zip(forward, backward):
         assert torch.equal(image, image_again) and torch.equal(noise, noise_again)
-    all_noise = torch.stack([noise for _, noise in forward])
+    all_noise = torch.stack([noise for _, noise, _ in forward])
     assert len(all_noise.unique(dim=0)) == 10 and 0 <= all_noise.min() and all_noise.max() < 1
     other_seed = data.Samples(source, transform, num_patches=16, seed=2)[0, 0]
     assert not torch.equal(other_seed[1], forward[0][1])

@@ -130,7 +130,7 @@ def test_validation_loss_is_that_of_the_validation_images(pretrain, folder):
     samples = data.Samples(source, transforms.centre_transform((16, 16)), model.patch_embed.num_patches)
     losses = []
     for index in range(20):
-        image, noise = samples[0, index]
+        image, noise, _ = samples[0, index]
         mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
         img = (image / 255 - mean[:, None, None]) / std[:, None, None]
         losses.append(model(img[None], 0.75, noise[None])[0].item())

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import math
+import multiprocessing
 import os
 import shlex
 import signal
@@ -13,7 +14,10 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A fault of one process while it runs: one line that says which process, and exit code 1."""
+    """A fault while running, such as unreadable images. The mains print it as one line and exit with code 1."""
+
+    def __str__(self):  # from a loader's worker it comes with the traceback there
+        return super().__str__().splitlines()[-1].removeprefix(f'{__name__}.RunError: ')
 
 
 INTERRUPTED = 75  # exit code of a run that was asked to stop and has saved: the same command goes on from there
@@ -43,7 +47,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run(main, parser, argv=None):
-    """Parse and run a job: main(args). An InputError becomes one line and exit code 2, a fault while running 1."""
+    """Parse and run a job: main(args). An InputError becomes one line and exit code 2, a RunError, the loss of a
+    loader's worker, or a divergence one line and exit code 1.
+    """
     try:
         args = parser.parse_args(argv)
     except (ValueError, RecursionError) as error:  # not UTF-8, an open quote, a file that names itself
@@ -54,11 +60,35 @@ def run(main, parser, argv=None):
         parser.error(str(error))
     except FloatingPointError as error:  # on all processes alike
         parser.error(str(error), code=1)
-    except RunError as error:
-        process = f'process {os.environ["RANK"]}: ' if int(os.environ.get('WORLD_SIZE', 1)) > 1 else ''
-        parser.exit(1, f'{parser.prog}: error: {process}{error}\n')
     except KeyboardInterrupt:
         parser.exit(128 + signal.SIGINT, '\n')
+    except RuntimeError as error:
+        lost = str(error).startswith('DataLoader worker')  # torch says so of a worker that died, wherever we are then
+        if not lost and not isinstance(error, RunError):
+            raise
+        advice = (
+            ' Memory may have run out: try fewer --num_workers, or more shared memory (/dev/shm; docker run --shm-size)'
+        )
+        fail(parser, str(error) + advice * lost)
+    finally:
+        end_workers()
+
+
+def fail(parser, message):
+    """Exit with code 1 and a line that names this process, if there are several: the others may not have the fault."""
+    from util import distributed  # which needs this module
+
+    rank, world_size = distributed.world()
+    parser.exit(1, f'{parser.prog}: error: {f"process {rank}: " * (world_size > 1)}{message}\n')
+
+
+def end_workers():
+    """Kill loader workers that a fault left running: they ignore SIGTERM, by which Python would end them."""
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise an error for each
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()
+    signal.signal(signal.SIGCHLD, handler)
 
 
 def number(kind, low=None, high=None):
@@ -105,11 +135,13 @@ def add_common_arguments(parser):
     data = parser.add_argument_group('data')
     data.add_argument(
         '--data_path',
-        help='a folder of images, nested or flat, with or without train/ and '
-        'val/; a .txt file that lists images; torch/NAME, a torchvision data set; or "shapes", which is drawn',
+        help='a folder of images, nested or flat, with or without train/ and val/, or the same in tar files; '
+        'a .txt file that lists images; torch/NAME, a torchvision data set; or "shapes", which is drawn',
     )
     data.add_argument('--val_path', help='validation images, where they are not the val/ or test/ of --data_path')
-    data.add_argument('--download_dir', default='data', help=f'where torch/NAME data sets are kept {default}')
+    data.add_argument(
+        '--download_dir', default='data', help=f'for torch/NAME data sets and indices of tar files {default}'
+    )
     data.add_argument(
         '--input_size',
         action=ImageSize,
@@ -127,6 +159,13 @@ def add_common_arguments(parser):
         help='per channel, of pixels in 0..1 (default: ImageNet, or 0.5 where there are not 3 channels)',
     )
     data.add_argument('--std', type=number(float, 1e-6), nargs='+', metavar='S', help='per channel, likewise')
+    data.add_argument(
+        '--max_bad',
+        type=number(float, 0, 1),
+        default=0.01,
+        metavar='SHARE',
+        help=f'share of the images that may be unreadable; they are replaced, and in evaluation left out {default}',
+    )
     data.add_argument(
         '--num_workers',
         type=number(int, 0),

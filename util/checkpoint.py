@@ -25,6 +25,7 @@ FREE_FLAGS = {
     'data_path',
     'val_path',
     'num_workers',
+    'max_bad',
     'device',
     'output_dir',
     'resume',

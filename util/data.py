@@ -1,27 +1,29 @@
 """The input: data sets, the sampler, the loader, and all randomness of what they give.
 
-A source gives decoded images: source[i] -> (uint8 tensor (C, H, W), label or -1). Samples adds the transform and
-the mask noise, BatchStream says which samples a process sees when. Images stay uint8 until the device.
+A source gives decoded images: source[i] -> (uint8 tensor (C, H, W), label or -1), or raises ValueError if image i
+cannot be read. Samples adds the transform and the mask noise and replaces bad images, BatchStream says which samples a
+process sees when. Images stay uint8 until the device.
 
 Randomness belongs to the sample: every crop, flip and mask is drawn from generators seeded by (seed, epoch,
 index). What a run sees depends neither on the number of workers nor on that of processes, and a resumed run needs
 no stored generator state.
 """
 
+import fcntl
 import os
 import random
+import signal
 import urllib.error
-import warnings
 
 import numpy as np
 import torch
 import torchvision.datasets
 from torchvision.transforms.v2.functional import to_dtype
 
-from util import distributed
-from util.args import InputError
+from util import distributed, tar
+from util.args import InputError, RunError
 from util.shapes import Shapes
-from util.transforms import normalise, pil_to_tensor, read_image
+from util.transforms import decode_image, normalise, pil_to_tensor
 
 EXTENSIONS = (*torchvision.datasets.folder.IMG_EXTENSIONS, '.gif', '.npy')
 SPLITS = {'train': ['train'], 'val': ['val', 'valid', 'validation', 'test']}
@@ -31,13 +33,18 @@ SPLITS = {'train': ['train'], 'val': ['val', 'valid', 'validation', 'test']}
 
 
 class ImageFiles:
-    """Image files below a folder, given by their names relative to it, with the name of each one's class or None."""
+    """Image files below a folder, given by their names relative to it, and the name of each one's class.
+
+    Without class_names the first folder in the names is the class, if all have one.
+    """
 
     def __init__(self, root, names, in_chans, class_names=None):
         self.root, self.in_chans = root, in_chans
         self.names = np.array([os.fsencode(name) for name in names])  # one buffer, shared with the workers
         self.dtype = None  # of the pixels: that of the first image that can be read
         self.classes, self.labels = None, np.full(len(names), -1)
+        if class_names is None and all(os.sep in name for name in names):
+            class_names = [name.split(os.sep)[0] for name in names]
         if class_names:
             self.classes, self.labels = np.unique(class_names, return_inverse=True)
             self.classes = self.classes.tolist()
@@ -48,17 +55,37 @@ class ImageFiles:
     def path(self, index):
         return os.path.join(self.root, os.fsdecode(self.names[index]))
 
+    def content(self, index):
+        with open(self.path(index), 'rb') as file:
+            return file.read()
+
     def __getitem__(self, index):
-        image = read_image(self.path(index), self.in_chans)
+        path = self.path(index)
+        try:
+            image = decode_image(self.content(index), path, self.in_chans)
+        except OSError as error:
+            raise ValueError(f'{path}: {error.strerror}') from None
         self.dtype = self.dtype or image.dtype
         return to_dtype(image, self.dtype, scale=True), int(self.labels[index])
+
+
+class TarImages(ImageFiles):
+    """Images in tar files: names as they would be unpacked below root, and their places, as tar.load_index gives."""
+
+    def __init__(self, root, names, in_chans, tars, places):
+        super().__init__(root, names, in_chans)
+        self.tars, self.places = tars, places
+
+    def content(self, index):
+        number, offset, size = self.places[index].tolist()
+        return tar.read(self.tars[number], offset, size)
 
 
 class TorchvisionImages:
     """A torchvision classification set, whose items are (PIL image, label)."""
 
-    def __init__(self, dataset, in_chans):
-        self.dataset, self.in_chans = dataset, in_chans
+    def __init__(self, name, dataset, in_chans):
+        self.name, self.dataset, self.in_chans = name, dataset, in_chans
         self.classes = getattr(dataset, 'classes', None)
         if not self.classes:  # SVHN, for one, only numbers them
             self.classes = [str(label) for label in range(1 + max(getattr(dataset, 'labels', [0])))]
@@ -66,9 +93,15 @@ class TorchvisionImages:
     def __len__(self):
         return len(self.dataset)
 
+    def path(self, index):
+        return f'{self.name}, image {index}'
+
     def __getitem__(self, index):
-        image, label = self.dataset[index]
-        return pil_to_tensor(image, self.in_chans), label
+        try:
+            image, label = self.dataset[index]
+            return pil_to_tensor(image, self.in_chans), label
+        except Exception as error:
+            raise ValueError(f'{self.path(index)}: {" ".join(str(error).split())}') from None
 
 
 def name_of(source, index):
@@ -132,13 +165,17 @@ def open_source(path, split, in_chans=3, size=(224, 224), download_dir='data', l
         InputError: if nothing is there, or nothing in it can be read.
     """
     if not path:
-        raise InputError('--data_path is required: a folder of images, a list of images, torch/NAME, or shapes')
+        raise InputError('--data_path is required: a folder or tar of images, a list of them, torch/NAME, or shapes')
     if path == 'shapes':
         source = Shapes(split, size)
     elif path.startswith('torch/'):
         source = open_torchvision(path, split, in_chans, download_dir, labelled)
     elif os.path.isdir(path):
-        source = open_folder(path, split, in_chans)
+        source = open_folder(path, split, in_chans, download_dir)
+    elif path.lower().endswith(tar.COMPRESSED):
+        raise InputError(f'{path}: images inside a compressed tar cannot be read in place; unpack it, to .tar at least')
+    elif path.lower().endswith('.tar') and os.path.isfile(path):
+        source = open_tars({path: ''}, path, split, in_chans, download_dir)
     elif os.path.isfile(path):
         source = open_list(path, in_chans) if split == 'train' else None
     else:
@@ -148,29 +185,45 @@ def open_source(path, split, in_chans=3, size=(224, 224), download_dir='data', l
     return source
 
 
-def open_folder(path, split, in_chans):
-    """All images below path; below its train/ (or val/, valid/, validation/, test/) where it is divided so."""
+def open_folder(path, split, in_chans, cache_dir):
+    """All images below path; below its train/ (or val/, valid/, validation/, test/) where it is divided so.
+
+    Where there are no image files but tar files, the images in these: a tar stands for a folder of its name, and
+    ..._train.tar and ..._val.tar for train/ and val/.
+    """
     try:
-        folders = {entry.name: entry.path for entry in os.scandir(path) if entry.is_dir() and entry.name[0] != '.'}
+        entries = [entry for entry in os.scandir(path) if entry.name[0] != '.']
     except OSError as error:
         raise InputError(f'{path}: {error.strerror}') from None
-    held_out = [folders[name] for name in SPLITS['val'] if name in folders]
-    if 'train' in folders and (held_out or len(folders) == 1):  # else 'train' is a class or a folder like others
-        candidates = [folders['train']] if split == 'train' else held_out[:1]
-    else:
-        candidates = [path] if split == 'train' else []
-    if not candidates:
+    folders = {entry.name: entry.path for entry in entries if entry.is_dir()}
+    tars = {entry.name[:-4].rpartition('_')[2]: entry.path for entry in entries if entry.name.lower().endswith('.tar')}
+    tars = {name: tars[name] for name in tars if not folders or name in ('train', *SPLITS['val'])}
+    chosen = choose_split(tars | folders, split)
+    if chosen is None and (folders or not tars):
         return None
-    names = find_images(candidates[0])
-    if not names:
-        raise InputError(
-            f'{candidates[0]}: no image in it or in the folders below; files that count end in {" ".join(EXTENSIONS)}'
-        )
-    in_classes = all(os.sep in name for name in names)
-    return ImageFiles(candidates[0], names, in_chans, [name.split(os.sep)[0] for name in names] if in_classes else None)
+    place = (tars | folders)[chosen] if chosen else path
+    if os.path.isfile(place):
+        return open_tars({place: ''}, place, None, in_chans, cache_dir)
+    names = find_files(place)
+    if names:
+        return None if chosen is None else ImageFiles(place, names, in_chans)
+    tars = {os.path.join(place, name): name[:-4] for name in find_files(place, '.tar')}
+    if tars:
+        return open_tars(tars, place, None if chosen else split, in_chans, cache_dir)
+    raise InputError(
+        f'{place}: no image in it or in the folders below; files that count end in {" ".join(EXTENSIONS)}, or .tar'
+    )
 
 
-def find_images(root):
+def choose_split(folders, split):
+    """Which of the folders holds a split: its name, '' for all of them together, None for none."""
+    held_out = [name for name in SPLITS['val'] if name in folders]
+    if 'train' in folders and (held_out or len(folders) == 1):  # else 'train' is a class or a folder like others
+        return 'train' if split == 'train' else next(iter(held_out), None)
+    return '' if split == 'train' else None
+
+
+def find_files(root, extensions=EXTENSIONS):
     """Sorted names, relative to root, of the image files in root and below; links are followed, loops are not.
 
     Raises:
@@ -191,9 +244,31 @@ def find_images(root):
         names += [
             os.path.relpath(os.path.join(folder, name), root)
             for name in files
-            if name.lower().endswith(EXTENSIONS) and name[0] != '.'
+            if name.lower().endswith(extensions) and name[0] != '.'
         ]
     return sorted(names)
+
+
+def open_tars(tars, root, split, in_chans, cache_dir):
+    """The images in tars, {path: folder in whose place it stands}; those of a split, unless it is None.
+
+    A folder that holds everything, as most tars have, is neither a class nor a split.
+    """
+    names, places = tar.load_index(tars, EXTENSIONS, cache_dir)
+    if not len(names):
+        raise InputError(f'{root}: no image in it; files that count end in {" ".join(EXTENSIONS)}')
+    names = [os.fsdecode(name) for name in names.tolist()]
+    top = os.path.commonprefix([names[0], names[-1]]).rpartition(os.sep)[0]  # they are in order
+    if split:
+        below = (name[len(top) :].strip(os.sep) for name in names)
+        chosen = choose_split({name.split(os.sep)[0] for name in below if os.sep in name}, split)
+        if chosen is None:
+            return None
+        top = os.path.join(top, chosen) if chosen else top
+    prefix = os.path.join(top, '') if top else ''
+    kept = [name.startswith(prefix) for name in names]
+    names = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    return TarImages(os.path.join(root, top), names, in_chans, list(tars), places[kept])
 
 
 def open_list(path, in_chans):
@@ -214,7 +289,7 @@ def open_list(path, in_chans):
     missing = [name for name in names if not os.path.exists(os.path.join(os.path.dirname(path), name))]
     if missing:
         raise InputError(f'{path}: {len(missing)} of the {len(names)} images in it do not exist, such as {missing[0]}')
-    return ImageFiles(os.path.dirname(path), names, in_chans, class_names if all(class_names) else None)
+    return ImageFiles(os.path.dirname(path), names, in_chans, class_names if all(class_names) else [])
 
 
 def open_torchvision(path, split, in_chans, root, labelled):
@@ -235,9 +310,8 @@ def open_torchvision(path, split, in_chans, root, labelled):
     for arguments in [{'split': choice} for choice in choices] + [{'train': split == 'train'}]:
         for download in (False, True):
             try:
-                return TorchvisionImages(
-                    dataset_class(root, **arguments, **({'download': True} if download else {})), in_chans
-                )
+                arguments |= {'download': True} if download else {}
+                return TorchvisionImages(path, dataset_class(root, **arguments), in_chans)
             except (TypeError, ValueError) as error:  # no such argument, or no split of that name
                 problem = error
                 break
@@ -263,7 +337,7 @@ def check_readable(source, path, in_chans, tries=16):
     for index in range(min(len(source), tries)):
         try:
             image = source[index][0]
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             problem = error
             continue
         if image.shape[0] != in_chans:
@@ -288,7 +362,11 @@ def seed_generators(*key, device=None):
 
 
 class Samples(torch.utils.data.Dataset):
-    """(epoch, index) -> (transformed image (C, H, W), mask noise (L,) in [0, 1) or, without num_patches, the label)."""
+    """(epoch, index) -> (transformed image (C, H, W), noise or label, problem).
+
+    The noise, for masks, is (L,) in [0, 1); without num_patches there is the label. The problem is '', or where the
+    image could not be read and another took its place, a line of path, tab, reason for each that could not.
+    """
 
     def __init__(self, source, transform, num_patches=None, seed=0):
         self.source, self.transform, self.num_patches, self.seed = source, transform, num_patches, seed
@@ -298,22 +376,65 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        image, label = self.read(index)
+        image, label, problem = self.read(epoch, index)
         seed_generators(self.seed, epoch, index)
         if self.num_patches is None:
-            return self.transform(image), label
+            return self.transform(image), label, problem
         noise = torch.rand(self.num_patches)  # first, so that masks are the same for every crop
-        return self.transform(image), noise
+        return self.transform(image), noise, problem
 
-    def read(self, index, tries=100):
-        """source[index], or of what cannot be read the next that can, with a warning that names the file."""
-        for offset in range(tries):
+    def read(self, epoch, index, tries=100):
+        """source[index] and '', or one drawn from the others and the problem. RunError if none can be read."""
+        problems, others = [], np.random.default_rng((self.seed, epoch, index))
+        while len(problems) < tries:
             try:
-                return self.source[(index + offset) % len(self.source)]
-            except (OSError, ValueError) as error:
-                problem = error
-                warnings.warn(f'{error}; the next image takes its place', stacklevel=2)
-        raise ValueError(f'{tries} images in a row cannot be read; {problem}')
+                return *self.source[index], '\n'.join(problems)
+            except ValueError as error:
+                path = self.source.path(index)
+                problems.append(f'{path}\t{str(error).removeprefix(f"{path}: ")}'.replace('\n', ' '))
+                index = int(others.integers(len(self.source)))
+        last = problems[-1].replace('\t', ': ')
+        raise RunError(f'{tries} images in a row cannot be read; {last}')
+
+
+class BadImages:
+    """The images that a loader found unreadable: how many, and in output_dir/bad_images.txt which, each path once.
+
+    The file is that of all processes, epochs and resumed runs. Without output_dir there is none.
+    """
+
+    def __init__(self, num_images, max_bad, output_dir=None):
+        self.num_images, self.max_bad = num_images, max_bad
+        self.file = output_dir and os.path.join(output_dir, 'bad_images.txt')
+        self.count, self.lines = 0, {}  # by path
+
+    def add(self, problems):
+        """Count the samples whose problem is not '', and write the paths that are new."""
+        problems = [problem for problem in problems if problem]
+        self.count += len(problems)
+        lines = {line.split('\t')[0]: line for problem in problems for line in problem.split('\n')}
+        new = {path: line for path, line in lines.items() if path not in self.lines}
+        self.lines |= new
+        if not new or not self.file:
+            return
+        try:
+            with open(self.file, 'a+', encoding='utf-8', errors='surrogateescape', newline='\n') as file:
+                fcntl.lockf(file, fcntl.LOCK_EX)
+                file.seek(0)
+                written = {line.split('\t')[0] for line in file.read().split('\n')}
+                file.writelines(f'{line}\n' for path, line in new.items() if path not in written)
+        except OSError as error:  # the number is known all the same
+            print(f'{self.file}: {error.strerror}')
+
+    def check(self, count):
+        """Stop all processes if count, the sum over them, is above the limit: rank 0 raises RunError, others exit."""
+        if count > self.max_bad * self.num_images:
+            example = next(iter(self.lines.values()), '').replace('\t', ': ')
+            where = f'see {self.file}' if self.file else example
+            message = (
+                f'{count} of {self.num_images} images cannot be read, more than --max_bad {self.max_bad:g}; {where}'
+            )
+            raise RunError(message) if distributed.world()[0] == 0 else SystemExit(1)
 
 
 class BatchStream(torch.utils.data.Sampler):
@@ -382,10 +503,12 @@ class Loader:
     """Batches on the device: (images (N, C, H, W) normalised float, noise or labels), loaded ahead by worker processes.
 
     batch_keys: an iterable of lists of (epoch, index). statistics: (mean, std), as pixel_statistics gives them.
+    bad: BadImages that counts those that could not be read. With leave_out, for evaluation, what took their place is
+    left out of the batch.
     """
 
-    def __init__(self, samples, batch_keys, device, statistics, num_workers=None):
-        self.device = device
+    def __init__(self, samples, batch_keys, device, statistics, num_workers=None, bad=None, leave_out=False):
+        self.device, self.bad, self.leave_out = device, bad or BadImages(len(samples), 1.0), leave_out
         self.mean, self.std = (torch.tensor(values, device=device) for values in statistics)
         num_workers = default_workers() if num_workers is None else num_workers
         self.batches = torch.utils.data.DataLoader(
@@ -394,9 +517,21 @@ class Loader:
             num_workers=num_workers,
             pin_memory=device.type == 'cuda',
             prefetch_factor=4 if num_workers else None,
+            worker_init_fn=ignore_signals,
         )
 
     def __iter__(self):
-        for batch in self.batches:
-            images, other = (x.to(self.device, non_blocking=True) for x in batch)
-            yield normalise(images, self.mean, self.std), other
+        for images, other, problems in self.batches:
+            self.bad.add(problems)
+            if self.leave_out and any(problems):
+                good = torch.tensor([not problem for problem in problems])
+                images, other = images[good], other[good]
+            if len(images):
+                images, other = (x.to(self.device, non_blocking=True) for x in (images, other))
+                yield normalise(images, self.mean, self.std), other
+
+
+def ignore_signals(worker):
+    """Leave to the training process what terminals and SLURM send to every process: it still needs batches."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,10 +1,11 @@
 """Images: reading files of every kind, transforms on uint8, normalisation on the device."""
 
 import io
+import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
@@ -19,33 +20,50 @@ except ImportError:  # deprecated since torchvision 0.29
 
 BICUBIC = InterpolationMode.BICUBIC
 
+warnings.filterwarnings('ignore', module='PIL')  # of odd metadata, of large images: by every worker for every such file
+
 
 # --- Reading -----------------------------------------------------------------------------------------
 
 
 def read_image(path, in_chans=3):
-    """Decode an image file, or an .npy array (H, W, C) or (H, W), to (in_chans, H, W).
+    """decode_image of a file. Raises OSError if it cannot be read, and ValueError as decode_image does."""
+    with open(path, 'rb') as file:
+        return decode_image(file.read(), path, in_chans)
+
+
+def decode_image(content, path, in_chans=3):
+    """Decode the bytes of an image, or of an .npy array (H, W, C) or (H, W), to (in_chans, H, W); path names it.
 
     uint8, or float32 in 0..1 for arrays of another type. 16-bit files keep their upper 8 bits, transparency is
     dropped, EXIF orientation is applied.
 
     Raises:
-        OSError: if the file cannot be read.
-        ValueError: if it is damaged, no image, or has other channels.
+        ValueError: if it is damaged, no image, too large to be decoded safely, or has other channels.
     """
-    with open(path, 'rb') as file:
-        content = file.read()
     try:
+        if not content:
+            raise ValueError('empty')
         if path.lower().endswith('.npy'):
             return array_to_tensor(np.load(io.BytesIO(content), allow_pickle=False), in_chans)
+        image = Image.open(io.BytesIO(content))  # reads the header, and refuses more than 179 million pixels
+        check_aspect(*image.size)
         if decode_jpeg and content[:2] == b'\xff\xd8' and in_chans in (1, 3):
             mode = ImageReadMode.RGB if in_chans == 3 else ImageReadMode.GRAY
             return decode_jpeg(
                 torch.frombuffer(bytearray(content), dtype=torch.uint8), mode, apply_exif_orientation=True
             )
-        return pil_to_tensor(Image.open(io.BytesIO(content)), in_chans)
+        return pil_to_tensor(image, in_chans)
+    except UnidentifiedImageError:
+        raise ValueError(f'{path}: no image of a known format') from None
     except Exception as error:  # decoders raise many kinds for a damaged file
         raise ValueError(f'{path}: {" ".join(str(error).split())}') from None
+
+
+def check_aspect(width, height):
+    """Raise ValueError for an image so narrow that to cover a square it would be resized to a huge one."""
+    if max(width, height) > 100 * min(width, height):
+        raise ValueError(f'{width} x {height} pixels are too long and narrow')
 
 
 def read_given_image(path, in_chans=3):
@@ -76,6 +94,7 @@ def array_to_tensor(array, in_chans):
         raise ValueError(
             f'an array of shape {array.shape} is not (H, W, {in_chans}); --in_chans says how many channels'
         )
+    check_aspect(array.shape[1], array.shape[0])
     if array.dtype != np.uint8:
         scale = np.iinfo(array.dtype).max if np.issubdtype(array.dtype, np.integer) else 1
         array = array.astype(np.float32) / scale

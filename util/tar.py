@@ -1,0 +1,117 @@
+"""Tar files read in place, as the folder they would unpack to: an index of what lies where, and reading by it.
+
+The layouts are those of timm's ReaderImageInTar: a tar, a tar of tars, a folder of tars. Its code is not used,
+as run with timm 1.0.31: workers forked after a first read share one file position, and 53 of 80,000 reads went wrong;
+its cache, a pickle beside the data, is believed after the tar has changed; a damaged header ends the index without a
+word; and it holds an object an image. Here the index is arrays, kept under --download_dir, and reading is pread.
+"""
+
+import fcntl
+import functools
+import hashlib
+import os
+import tarfile
+
+import numpy as np
+from tqdm import tqdm
+
+from util.args import InputError
+
+COMPRESSED = ('.tar.gz', '.tgz', '.tar.bz2', '.tbz2', '.tar.xz', '.txz', '.tar.zst')
+
+
+def load_index(tars, extensions, cache_dir):
+    """Where the files with these extensions are in tars, {path: folder in whose place it stands}.
+
+    The index is read from cache_dir, or built and kept there: by one process, while others wait for it.
+
+    Returns:
+        names (M,): as bytes and in the order of an unpacked folder; a tar inside a tar is a folder of its name.
+        places (M, 3): number of the tar, offset and size in bytes.
+
+    Raises:
+        InputError: if a tar cannot be read to its end.
+    """
+    try:
+        versions = [(os.path.realpath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in tars]
+    except OSError as error:
+        raise InputError(f'{error.filename}: {error.strerror}') from None
+    key = hashlib.sha256(repr((versions, list(tars.values()), extensions)).encode()).hexdigest()[:16]
+    cache = os.path.join(cache_dir, f'tar-index-{key}.npz')
+    try:
+        os.makedirs(cache_dir, exist_ok=True)
+        file = os.fdopen(os.open(cache, os.O_RDWR | os.O_CREAT, 0o644), 'r+b')
+        fcntl.lockf(file, fcntl.LOCK_EX)
+    except OSError as error:
+        print(f'{cache}: {error.strerror}; the index of tar files is built anew every time (--download_dir)')
+        return build_index(tars, extensions)
+    with file:
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                return arrays['names'], arrays['places']
+        except Exception:  # it is new and empty, or was cut off
+            names, places = build_index(tars, extensions)
+        try:
+            file.seek(0)
+            file.truncate()
+            np.savez(file, names=names, places=places)
+            file.flush()
+        except OSError as error:
+            print(f'{cache}: {error.strerror}; the index of tar files is not kept')
+    return names, places
+
+
+def build_index(tars, extensions):
+    """load_index without the cache, with a progress bar."""
+    found, done, sizes = {}, 0, [os.path.getsize(path) for path in tars]
+    print(f'Indexing {len(tars)} tar file{"s" * (len(tars) > 1)}, {sum(sizes) / 1e9:.2f} GB, once')
+    with tqdm(desc='index', total=sum(sizes), unit='B', unit_scale=True, disable=None) as bar:
+        for number, (path, folder) in enumerate(tars.items()):
+            try:
+                with open(path, 'rb') as file:
+                    for name, offset, size in members(file):
+                        bar.update(done + offset - bar.n)
+                        if name.lower().endswith(extensions):
+                            found[os.path.join(folder, name)] = number, offset, size  # of equal names the last
+            except OSError as error:
+                raise InputError(f'{path}: {error.strerror}') from None
+            except (tarfile.TarError, RecursionError) as error:
+                raise InputError(f'{path}: cut off, damaged, or not an uncompressed tar file ({error})') from None
+            done += sizes[number]
+    names = sorted(found)
+    places = np.array([found[name] for name in names], dtype=np.int64).reshape(-1, 3)
+    return np.array([os.fsencode(name) for name in names], dtype=bytes), places
+
+
+def members(file):
+    """Yield (name, offset, size) of each regular file in a tar, those in tars within it too; hidden ones are left out.
+
+    Raises:
+        tarfile.TarError: if it is no uncompressed tar, or ends before its end.
+    """
+    with tarfile.open(fileobj=file, mode='r:') as archive:
+        while member := archive.next():
+            archive.members.clear()  # it would keep them all
+            if member.size < 0:
+                raise tarfile.ReadError('a negative size')
+            name = os.path.normpath(member.name.lstrip('/'))
+            if not member.isreg() or any(part[0] == '.' for part in name.split('/')):
+                continue
+            if name.lower().endswith('.tar'):
+                for inner, offset, size in members(archive.extractfile(member)):
+                    yield os.path.join(name[: -len('.tar')], inner), member.offset_data + offset, size
+            else:
+                yield name, member.offset_data, member.size
+        file.seek(archive.offset)
+        if file.read(tarfile.BLOCKSIZE).strip(b'\0'):  # tarfile takes a damaged header for the end
+            raise tarfile.ReadError(f'damaged header at byte {archive.offset}')
+
+
+@functools.lru_cache(256)  # fewer than the files that a process may have open
+def open_tar(path):
+    return open(path, 'rb', buffering=0)
+
+
+def read(path, offset, size):
+    """size bytes of a file from offset. There is no file position, so worker processes may share the open file."""
+    return os.pread(open_tar(path).fileno(), size, offset)
