@@ -326,7 +326,7 @@ def summarise(size, rates, memory):
                 'model': size,
                 'variant': variant,
                 f'speed : {base}': report.spread([a / b for a, b in zip(ours, theirs)]),
-                f'memory : {base}': f'{memory[variant] / memory[base]:.3g}',
+                f'memory : {base}': f'{memory[variant] / memory[base]:.3g}' if memory[base] else '-',
                 'images/s': report.spread(ours),
                 'peak memory, GiB': f'{memory[variant]:.3g}',
                 'of the matrix product': f'{median(flops * a / b for a, b in zip(ours, ceiling)):.1%}',

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from huggingface_hub import ModelCard
 from test_model import SMALL, layer_norm, linear, relative
 
 import main_finetune
@@ -21,6 +22,7 @@ from benchmarks import ablation, ablation_report
 from util import checkpoint, design_choices, features, visualize
 from util.args import InputError, run
 from util.design_choices import DesignChoices
+from util.export import export
 
 # --- The paper's alternatives, computed a second way -----------------------------------------------------------
 
@@ -134,10 +136,12 @@ def test_a_run_with_choices(pretrain, tmp_path, choice):
         with pytest.raises(InputError, match='fuse_|fusion'):
             name = str(result.output_dir / 'checkpoint-last.pth')
             checkpoint.load_weights(models_mff.create_model('mff_vit_tiny_patch4', 16), name, whole=True)
-    from util.export import export
-
     export(result.output_dir / 'checkpoint-last.pth', tmp_path / 'exported')
-    assert (tmp_path / 'exported' / 'model.safetensors').exists()
+    card = ModelCard.load(tmp_path / 'exported/README.md')  # as the hub reads it
+    assert (card.data.license, card.data.library_name) == ('unknown', 'timm')
+    assert card.data.pipeline_tag == 'image-feature-extraction' and '| training images | 64 |' in card.text
+    name, value = choice.removeprefix('--').split()[:2]
+    assert f'| {name} | {value} |' in card.text and '@inproceedings' in card.text
 
 
 # --- Figures -------------------------------------------------------------------------------------------------------
@@ -284,8 +288,8 @@ class FakeMains:
 
 @pytest.mark.parametrize('grid', ['fusion', 'choices'])
 def test_grid_runs_each_once(folder, tmp_path, grid):
-    flags = f'@recipes/ablation_quick.txt --data_path {folder} --output_dir {tmp_path / "out"} --grid {grid}'
-    args = ablation.get_parser().parse_args([*flags.split(), '--images', '32', '--labelled', '60'])
+    flags = [f'@{ROOT}/recipes/ablation_quick.txt', '--data_path', str(folder), '--output_dir', str(tmp_path / 'out')]
+    args = ablation.get_parser().parse_args([*flags, '--grid', grid, '--images', '32', '--labelled', '60'])
     ablation.prepare(args)
     count = {name: len(list((tmp_path / 'out/data' / name).rglob('*.npy'))) for name in ('images', 'labelled', 'val')}
     assert count == {'images': 32, 'labelled': 60, 'val': 20}
@@ -325,7 +329,7 @@ def test_images_are_decoded_once(folder, tmp_path):
 
 @pytest.mark.slow
 def test_ablation_goes_on_after_a_kill(tmp_path):
-    line = [sys.executable, '-m', 'benchmarks.ablation', '@recipes/ablation_quick.txt', '--data_path', 'shapes']
+    line = [sys.executable, '-m', 'benchmarks.ablation', f'@{ROOT}/recipes/ablation_quick.txt', '--data_path', 'shapes']
     line += ['--output_dir', str(tmp_path), '--seeds', '1']
     process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     first = process.stdout.readline()

@@ -31,6 +31,13 @@ KEPT_FLAGS = [
     *design_choices.DEFAULTS,
 ]
 
+CITATION = """@inproceedings{liu2023improving,
+  title     = {Improving Pixel-based MIM by Reducing Wasted Modeling Capability},
+  author    = {Liu, Yuan and Zhang, Songyang and Chen, Jiacheng and Yu, Zhaohui and Chen, Kai and Lin, Dahua},
+  booktitle = {ICCV},
+  year      = {2023}
+}"""
+
 
 def export(path, output_dir):
     """Write a pre-training or fine-tuning checkpoint of this project as a folder for timm.
@@ -154,19 +161,24 @@ def model_card(name, flags, state, config):
         'classes': num_classes or None,
         'fused blocks': flatten(flags.get('fuse_layers') or defaults(name)['fuse_layers']) if pretraining else None,
         'mask ratio': flags.get('mask_ratio'),
+        **{
+            choice: flags.get(choice) for choice, usual in design_choices.DEFAULTS.items() if flags.get(choice) != usual
+        },
+        'training images': state.get('num_images'),
+        'top-1, validation images': f'{state["best_top1"]:.2f} %' if state.get('best_top1', -1) >= 0 else None,
     }
     kind = 'Classifier' if num_classes else 'Encoder'
     output = f'logits (1, {num_classes})' if num_classes else f'class token (1, {config["num_features"]})'
     lines = [
         '---',
+        'license: unknown  # of the weights: choose, with the data in mind',
         'library_name: timm',
         f'pipeline_tag: {"image-classification" if num_classes else "image-feature-extraction"}',
         'tags: [timm, masked-image-modeling, mff]',
         '---',
         f'# {kind} {name}, pre-trained with multi-level feature fusion (MFF)',
         '',
-        'Method: Liu et al., "Improving Pixel-based MIM by Reducing Wasted Modeling Capability", ICCV 2023, '
-        '[arXiv 2308.00261](https://arxiv.org/abs/2308.00261).',
+        'Method: [arXiv 2308.00261](https://arxiv.org/abs/2308.00261), cited below.',
         '',
         '| | |',
         '|---|---|',
@@ -185,6 +197,13 @@ def model_card(name, flags, state, config):
             '',
             '`pretraining/model.safetensors` is the whole model with its decoder, for continued pre-training.',
         ]
+    lines += [
+        *('', '## To fill in', ''),
+        '- Training data: its name, source and licence, and who or what it leaves out.',
+        '- Intended use, and uses that are out of scope.',
+        '- Results on data of your own, with the number of runs; known failures and biases.',
+        *('', '## Citation', '', '```bibtex', CITATION, '```'),
+    ]
     return '\n'.join(lines)
 
 
