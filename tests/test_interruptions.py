@@ -144,8 +144,8 @@ def test_training_goes_on_without_disk_and_saves_later(pretrain, monkeypatch, ca
 
     monkeypatch.setattr(checkpoint, 'save', save_on_a_full_disk)
     result = pretrain('run', '--save_every', '2')
-    assert capsys.readouterr().out.count('cannot save') == 1  # it tries again after a minute, or at the end
-    assert len(calls) == 3 and len(result.losses) == 12
+    assert capsys.readouterr().out.count('cannot save') == 1
+    assert result.checkpoint['step'] == len(result.losses) == 12
 
 
 def test_the_end_that_cannot_be_saved_is_an_error(pretrain, monkeypatch, capsys, tmp_path):
@@ -209,7 +209,7 @@ def test_an_update_that_is_not_finite_is_skipped(what, pretrain, at_step, tmp_pa
 
 
 def test_skipped_steps_are_counted_in_a_row():
-    plan = engine.Plan(*[None] * 10)
+    plan = engine.Plan(*[None] * 11)
     plan.images_of = lambda step: [f'{step}.png']
     scaler = distributed.UnitScaler('cpu', init_scale=1.0)
     engine.note_skipped(plan, list(range(0, 19)), scaler)
