@@ -258,16 +258,6 @@ def free_port():
         return sock.getsockname()[1]
 
 
-def test_a_killed_process_is_restarted_by_torchrun(pretrain, small_run, tmp_path):
-    script = victim(tmp_path, 'os.kill(os.getpid(), signal.SIGKILL)')
-    flags = small_run('killed', '--save_every', '2')
-    job = torchrun('--standalone', '--nproc_per_node=2', '--max_restarts=1', script, *flags)
-    output, _ = job.communicate(timeout=300)
-    assert job.returncode == 0, output
-    assert (tmp_path / 'mark').exists() and 'steps 4 to 12' in output
-    assert close_weights(Result(tmp_path / 'killed'), pretrain('whole'))
-
-
 def test_a_process_that_fails_stops_all_with_its_message(small_run, tmp_path):
     script = victim(tmp_path, 'raise RunError("the disk of this process is gone")')
     job = torchrun('--standalone', '--nproc_per_node=2', script, *small_run('failed'))

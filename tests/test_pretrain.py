@@ -184,13 +184,20 @@ def test_kept_checkpoints(pretrain):
     assert steps['checkpoint-0002.pth'] == 8 and steps['checkpoint-0004.pth'] == steps['checkpoint-last.pth'] == 16
 
 
-def test_a_broken_image_is_replaced_with_a_warning(pretrain, folder, tmp_path):
+@pytest.mark.parametrize('workers', ['0', '2'])
+def test_bad_images_are_replaced_listed_and_limited(workers, pretrain, folder, tmp_path, capsys):
     images = sorted((folder / 'train').rglob('*.png'))
     (tmp_path / 'broken.png').write_bytes(images[5].read_bytes()[:60])
     (tmp_path / 'list.txt').write_text('\n'.join([*map(str, images[:40]), 'broken.png']))
-    with pytest.warns(UserWarning, match='broken.png.*the next image takes its place'):
-        result = pretrain('run', '--data_path', str(tmp_path / 'list.txt'), '--total_batch_size', '41', '--epochs', '1')
-    assert len(result.losses) == 1
+    flags = ['--data_path', str(tmp_path / 'list.txt'), '--total_batch_size', '41', '--num_workers', workers]
+    result = pretrain('run', *flags, '--max_bad', '0.1')
+    assert [entry['bad_images'] for entry in result.entries if 'loss' in entry] == [1, 1, 1]
+    (line,) = (result.output_dir / 'bad_images.txt').read_text().splitlines()  # once in three epochs
+    assert line.startswith(str(tmp_path / 'broken.png'))
+    with pytest.raises(SystemExit) as exit:
+        pretrain('stopped', *flags)
+    assert exit.value.code == 1
+    assert '1 of 41 images cannot be read, more than --max_bad 0.01' in capsys.readouterr().err
 
 
 def test_resume_notices_other_data(pretrain, folder, capsys):

@@ -42,7 +42,8 @@ def choose_device(name):
 def start(name):
     """Join the process group, if there are several processes, and return this process's torch.device."""
     torch.set_float32_matmul_precision('high')  # TF32 where the device has it
-    return torch.device(init_distributed_device_so(name)['device'])
+    backend = 'cpu:gloo,cuda:nccl' if name.startswith('cuda') else 'gloo'  # StopRequest sums on the CPU
+    return torch.device(init_distributed_device_so(name, backend)['device'])
 
 
 def mixed_precision(amp, device):
@@ -90,7 +91,6 @@ class StopRequest:
 
     def __init__(self):
         self.received = self.pending = None
-        self.group = dist.new_group(backend='gloo') if dist.is_initialized() else None
 
     def __enter__(self):
         self.handlers = [signal.signal(number, self.receive) for number in self.SIGNALS]
@@ -108,14 +108,14 @@ class StopRequest:
 
     def agreed(self):
         """After each step: whether to stop now. All processes get the same answer, a step late, without waiting."""
-        if self.group is None:
+        if not dist.is_initialized():
             return self.received is not None
         if self.pending is not None:
             self.pending.wait()
             if self.flag:
                 return True
         self.flag = torch.tensor(self.received is not None, dtype=torch.uint8)
-        self.pending = dist.all_reduce(self.flag, dist.ReduceOp.MAX, self.group, async_op=True)
+        self.pending = dist.all_reduce(self.flag, dist.ReduceOp.MAX, async_op=True)
         return False
 
 
