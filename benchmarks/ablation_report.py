@@ -12,12 +12,13 @@ from util import log
 MEASURES = {'loss': 'validation loss', 'knn': '20-NN', 'linprobe': 'linear probe', 'finetune': 'fine-tuning'}
 
 
-def write_report(output_dir, command, results, pairs):
+def write_report(output_dir, head, results, pairs):
     """Write table.md, results.json, curves.png, convergence.png and fusion.png; returns the table.
 
-    results: dicts of a run each, as ablation.train_and_measure returns. pairs: variants to compare seed by seed.
+    head: its first lines. results: dicts of a run each, as ablation.train_and_measure returns. pairs: variants to
+    compare seed by seed.
     """
-    table = f'`{command}`\n\n{make_table(results, pairs)}'
+    table = f'{head}\n\n{make_table(results, pairs)}'
     for name, text in (('table.md', table), ('results.json', json.dumps(results, indent=2))):
         with open(os.path.join(output_dir, name), 'w') as file:
             file.write(text + '\n')

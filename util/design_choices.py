@@ -33,13 +33,13 @@ def add_arguments(parser):
 def create_model(args):
     """The model that a run's flags ask for: models_mff's own, unless one of CHOICES differs from its default.
 
-    args may lack these flags, as checkpoints do that are older than them.
+    args may lack these flags, or hold None, as checkpoints do that are older than them.
 
     Raises:
         ValueError: as models_mff.create_model does, or where a choice has no effect.
     """
     model = models_mff.create_model(args.model, args.input_size, args.in_chans, args.fuse_layers, args.norm_pix_loss)
-    chosen = {name: getattr(args, name, default) for name, default in DEFAULTS.items()}
+    chosen = {name: getattr(args, name, None) or default for name, default in DEFAULTS.items()}
     if chosen == DEFAULTS:
         return model
     sizes = {'img_size': model.patch_embed.img_size, 'fuse_layers': model.fuse_layers}
