@@ -98,7 +98,7 @@ def describe(args):
     command = shlex.join(['python', '-m', 'benchmarks.ablation', *sys.argv[1:]])
     return (
         f'`{command}`\n\nTiny model. Pre-training: {args.images or "all"} images, {args.epochs} epochs. Labelled: '
-        f'{args.labelled or "all"} images; linear probe {args.probe_epochs} epochs, fine-tuning {args.finetune_epochs}. '
+        f'{args.labelled or "all"} images; probe {args.probe_epochs} epochs, fine-tuning {args.finetune_epochs}. '
         f'Measured on {args.val_images or "all"} validation images. Seeds: {args.seeds}.'
     )
 
