@@ -18,7 +18,7 @@ import engine
 import main_pretrain
 from models_mff import MaskedAutoencoderMFF
 from util import checkpoint, distributed
-from util.args import INTERRUPTED, run
+from util.args import INTERRUPTED, InputError, run
 from util.log import Log
 
 
@@ -244,11 +244,11 @@ def victim(tmp_path, action):
     return path
 
 
-def torchrun(*arguments, **kwargs):
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+def torchrun(*arguments, **variables):
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), **variables}
     return subprocess.Popen(
         [sys.executable, '-m', 'torch.distributed.run', *map(str, arguments)],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )  # fmt: skip
 
 
@@ -273,6 +273,29 @@ def test_a_signal_at_one_process_stops_all(pretrain, small_run, tmp_path):
     assert 'Stopped after step 7 of 12' in output  # agreed on a step later
     assert Result(tmp_path / 'cut').checkpoint['step'] == 7
     assert close_weights(pretrain('cut'), pretrain('whole'))
+
+
+def test_torchrun_restarts_a_killed_process(pretrain, small_run, tmp_path):
+    script = victim(tmp_path, 'os.kill(os.getpid(), signal.SIGKILL)')
+    flags = (
+        '--standalone',
+        '--nproc_per_node=2',
+        '--max_restarts=1',
+        script,
+        *small_run('killed', '--save_every', '2'),
+    )
+    output, _ = torchrun(*flags, TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1').communicate(timeout=300)
+    assert 'steps 0 to 12' in output and 'steps 4 to 12' in output, output
+    job = torchrun('--standalone', '--nproc_per_node=2', 'main_pretrain.py', *small_run('unharmed'))
+    job.communicate(timeout=300)
+    assert same_weights(Result(tmp_path / 'killed'), Result(tmp_path / 'unharmed'))
+
+
+def test_restarts_that_would_fail_are_refused(monkeypatch):
+    monkeypatch.setenv('TORCHELASTIC_MAX_RESTARTS', '3')
+    monkeypatch.setenv('TORCHELASTIC_USE_AGENT_STORE', 'True')
+    with pytest.raises(InputError, match='unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1'):
+        distributed.start('cpu')
 
 
 @pytest.mark.parametrize('rendezvous', ['c10d', pytest.param('static', marks=pytest.mark.slow)])

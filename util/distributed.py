@@ -40,8 +40,19 @@ def choose_device(name):
 
 
 def start(name):
-    """Join the process group, if there are several processes, and return this process's torch.device."""
+    """Join the process group, if there are several processes, and return this process's torch.device.
+
+    Raises:
+        InputError: if torchrun is to restart processes that fail, but in a way that cannot work.
+    """
     torch.set_float32_matmul_precision('high')  # TF32 where the device has it
+    torchrun = {name: os.environ.get(f'TORCHELASTIC_{name}') for name in ('MAX_RESTARTS', 'USE_AGENT_STORE')}
+    if torchrun['MAX_RESTARTS'] not in (None, '0') and torchrun['USE_AGENT_STORE'] == 'True':
+        # Restarted processes would find the addresses of those before them (github.com/pytorch/pytorch/issues/135712).
+        raise InputError(
+            'torchrun --max_restarts fails at the restart unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 stands before '
+            'torchrun, and with static rendezvous always; use --rdzv_backend=c10d or --standalone'
+        )
     backend = 'cpu:gloo,cuda:nccl' if name.startswith('cuda') else 'gloo'  # StopRequest sums on the CPU
     return torch.device(init_distributed_device_so(name, backend)['device'])
 
@@ -74,10 +85,9 @@ def wrap(model, device, compiled=False):
         model.compile()  # in place: parameter names stay as they are
     if not dist.is_initialized():
         return model
-    counting = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    return DistributedDataParallel(
-        model, [device] if device.type == 'cuda' else None, broadcast_buffers=counting, gradient_as_bucket_view=True
-    )
+    network = DistributedDataParallel(model, [device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
+    network.broadcast_buffers = False  # only BatchNorm's change, and share_buffers copies them where they are used
+    return network
 
 
 class StopRequest:
