@@ -150,6 +150,7 @@ def train(plan, model, optimizer, scaler, loss_fn, loader, title, end_of_epoch, 
             else:
                 saver.save_now(steps.stop)
             close_epoch(steps.stop)
+    saver.wait()
     log.close()
     distributed.stop()
 

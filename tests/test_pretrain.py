@@ -1,7 +1,10 @@
 """Runs of main_pretrain.py, whole: what they write, and that their course depends on nothing but the recipe."""
 
+import copy
 import math
+import os
 import re
+import threading
 from argparse import Namespace
 from pathlib import Path
 
@@ -175,7 +178,28 @@ def test_checkpoints_are_due(monkeypatch, tmp_path):
                 saver.save_now(step)
             elif step % 5 == 0:
                 saver.end_of_epoch(step)
+            saver.wait()
         assert saved == expected, every
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(monkeypatch, tmp_path):
+    go_on, save = threading.Event(), checkpoint.save
+    monkeypatch.setattr(checkpoint, 'save', lambda *arguments: go_on.wait(60) and save(*arguments))
+    layer = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    args = Namespace(save_every=(1, ''), keep_every=None, output_dir=str(tmp_path))
+    saver = checkpoint.Saver(args, 5, layer, optimizer, torch.amp.GradScaler('cpu'), {}, print)
+    for step in (1, 2):
+        layer(torch.ones(3)).sum().backward()
+        optimizer.step()
+        if step == 1:
+            before = copy.deepcopy((layer.state_dict(), optimizer.state_dict()))
+            saver(step)
+    assert not os.listdir(tmp_path)
+    go_on.set()
+    saver.wait()
+    state = torch.load(tmp_path / 'checkpoint-last.pth', weights_only=True)
+    torch.testing.assert_close((state['model'], state['optimizer']), before, rtol=0, atol=0)
 
 
 def test_kept_checkpoints(pretrain):

@@ -11,6 +11,7 @@ import os
 import platform
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -65,8 +66,9 @@ def save(state, output_dir, name=LAST):
 class Saver:
     """Saves a run when it is due: every --save_every, at the end of epochs, and at the end.
 
-    The end of an epoch is passed over while saving would take more than a twentieth of the time since the last one.
-    When nothing can be written, as on a full disk, that is said, training goes on, and it tries again every minute.
+    Training waits while the state is copied; a thread writes it. The end of an epoch is passed over while saving
+    would take more than a twentieth of the time since the last one. When nothing can be written, as on a full disk,
+    that is said, training goes on, and it tries again every minute.
 
     say: prints a line.
     """
@@ -75,6 +77,7 @@ class Saver:
         self.args, self.steps_per_epoch, self.record, self.enabled = args, steps_per_epoch, record, enabled
         self.model, self.optimizer, self.scaler, self.say = model, optimizer, scaler, say
         self.saved_at, self.seconds, self.failed = time.monotonic(), 0.0, False
+        self.thread, self.writing = ThreadPoolExecutor(1), None
 
     def due(self, step):
         if self.failed:
@@ -101,6 +104,7 @@ class Saver:
     def save_now(self, step):
         """Before the run ends here. RunError if it cannot be saved."""
         self.save(step, self.keeps(step))
+        self.wait()
         if self.failed:
             raise RunError(f'step {step} is not saved; make room, and the same command goes on from what there is')
 
@@ -108,7 +112,8 @@ class Saver:
         """checkpoint-last.pth, and first the copies that stay: a kill between them leaves nothing out on resuming."""
         if not self.enabled:
             return
-        began, epoch = time.monotonic(), step // self.steps_per_epoch
+        self.wait()
+        self.saved_at, epoch = time.monotonic(), step // self.steps_per_epoch
         state = {
             'model': self.model.state_dict(),
             'optimizer': self.optimizer.state_dict(),
@@ -120,14 +125,34 @@ class Saver:
         }
         if not all(tensor.isfinite().all() for tensor in state['model'].values()):
             raise FloatingPointError(f'the weights are not finite after step {step}')
+        names = [f'checkpoint-{epoch:04d}.pth'] * keep + [BEST] * best + [LAST]
+        self.writing = self.thread.submit(self.write, on_cpu(state), names)
+
+    def write(self, state, names):
         try:
-            for name in [f'checkpoint-{epoch:04d}.pth'] * keep + [BEST] * best + [LAST]:
+            for name in names:
                 save(state, self.args.output_dir, name)
             self.failed = False
         except (OSError, RuntimeError) as error:
             self.failed, reason = True, getattr(error, 'strerror', error)
-            self.say(f'step {step}: cannot save in {self.args.output_dir} ({reason}); the last checkpoint stays')
-        self.saved_at, self.seconds = time.monotonic(), time.monotonic() - began
+            self.say(
+                f'step {state["step"]}: cannot save in {self.args.output_dir} ({reason}); the last checkpoint stays'
+            )
+        self.seconds = time.monotonic() - self.saved_at
+
+    def wait(self):
+        """Until what save was given is on disk."""
+        if self.writing is not None:
+            self.writing.result()
+
+
+def on_cpu(state):
+    """A copy in the memory of the CPU of nested dicts and lists of tensors, which may change meanwhile."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to('cpu', copy=True)
+    if isinstance(state, dict):
+        return {name: on_cpu(value) for name, value in state.items()}
+    return [on_cpu(value) for value in state] if isinstance(state, list) else state
 
 
 def make_output_dir(path):
