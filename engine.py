@@ -1,5 +1,6 @@
 """A run, its epochs and its steps: batches, accumulation, mixed precision, what is logged and saved."""
 
+import collections
 import math
 import time
 from collections.abc import Callable
@@ -249,15 +250,18 @@ def evaluate(model, loader, measure):
     """
     model.eval()
     distributed.share_buffers(model)
-    totals, count = {}, torch.zeros((), device=loader.device)
+    totals, count = {}, 0
     for batch in loader:
         for name, value in measure(model, batch).items():
             totals[name] = totals.get(name, 0.0) + value.float() * len(batch[0])
         count += len(batch[0])
-    sums = distributed.sum_over_processes(torch.stack([count, *totals.values()])).tolist()
-    bad_images = len(loader.batches.dataset) - int(sums[0])
+    sums = collections.Counter()
+    for share in distributed.gather({'images': count} | {name: float(total) for name, total in totals.items()}):
+        sums.update(share)  # a process that can read none of its images only counts 0
+    num_images = sums.pop('images')
+    bad_images = len(loader.batches.dataset) - num_images
     loader.bad.check(bad_images)
-    means = {name: value / sums[0] for name, value in zip(totals, sums[1:])}
+    means = {name: total / num_images for name, total in sums.items()}
     return means | ({'val_bad_images': bad_images} if bad_images else {})
 
 

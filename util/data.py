@@ -56,7 +56,7 @@ class ImageFiles:
         return os.path.join(self.root, os.fsdecode(self.names[index]))
 
     def content(self, index):
-        with open(self.path(index), 'rb') as file:
+        with open(os.open(self.path(index), os.O_RDONLY | os.O_NONBLOCK), 'rb') as file:  # a pipe would block
             return file.read()
 
     def __getitem__(self, index):
@@ -428,7 +428,7 @@ class BadImages:
 
     def check(self, count):
         """Stop all processes if count, the sum over them, is above the limit: rank 0 raises RunError, others exit."""
-        if count > self.max_bad * self.num_images:
+        if count > self.max_bad * self.num_images or count == self.num_images:
             example = next(iter(self.lines.values()), '').replace('\t', ': ')
             where = f'see {self.file}' if self.file else example
             message = (

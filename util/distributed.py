@@ -136,11 +136,18 @@ def stop():
 
 def check_equal(value, what):
     """Raise InputError on every process if value is not the same on all of them."""
-    if dist.is_initialized():
-        values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
-        if len(set(values)) > 1:
-            raise InputError(f'the processes do not agree on {what}: {values}')
+    values = gather(value)
+    if len(set(values)) > 1:
+        raise InputError(f'the processes do not agree on {what}: {values}')
+
+
+def gather(value):
+    """The values, any small objects, of all processes, in their order."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def sum_over_processes(tensor):
