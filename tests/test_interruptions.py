@@ -71,6 +71,18 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(number, pretrain, at_step
     assert same_weights(pretrain('cut'), pretrain('whole'))
 
 
+def test_a_signal_at_all_processes_of_a_run(pretrain, small_run, tmp_path):
+    """As a terminal or SLURM sends it: at the loader's workers too."""
+    child = fork(small_run('cut', '--num_workers', '2', '--save_every', '1', '--epochs', '8'))
+    while not last_step(tmp_path / 'cut'):
+        time.sleep(0.01)
+    os.killpg(child, signal.SIGTERM)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == INTERRUPTED
+    assert 0 < Result(tmp_path / 'cut').checkpoint['step'] < 32
+    assert same_weights(pretrain('cut', '--save_every', '1', '--epochs', '8'), pretrain('whole', '--epochs', '8'))
+
+
 def test_a_second_signal_exits_at_once(monkeypatch):
     now, codes = [0.0], []
     monkeypatch.setattr('time.monotonic', lambda: now[0])
@@ -346,15 +358,7 @@ def test_killed_at_random_moments(kills, epochs, pretrain, small_run, tmp_path):
         flags = small_run(
             'killed', '--epochs', str(epochs), '--save_every', '1', '--num_workers', str(rng.randrange(3))
         )
-        child = os.fork()  # of this process, which has everything imported
-        if child == 0:
-            os.setpgid(0, 0)
-            code = 1
-            try:
-                run(main_pretrain.main, main_pretrain.get_parser(), flags)
-                code = 0
-            finally:
-                os._exit(code)
+        child = fork(flags)
         if survived < kills:
             before, began = last_step(tmp_path / 'killed'), time.monotonic()
             while last_step(tmp_path / 'killed') <= before and time.monotonic() - began < 60:
@@ -370,6 +374,22 @@ def test_killed_at_random_moments(kills, epochs, pretrain, small_run, tmp_path):
     assert same_weights(whole, Result(tmp_path / 'killed'))
     steps = [entry['step'] for entry in Result(tmp_path / 'killed').entries if 'loss' in entry]
     assert steps == list(range(1, 4 * epochs + 1))
+
+
+def fork(flags):
+    """Start main_pretrain in a process group of its own; a fork of this process, which has everything imported."""
+    child = os.fork()
+    if child:
+        return child
+    os.setpgid(0, 0)
+    code = 1
+    try:
+        run(main_pretrain.main, main_pretrain.get_parser(), flags)
+        code = 0
+    except SystemExit as exit:
+        code = exit.code
+    finally:
+        os._exit(code)
 
 
 def last_step(output_dir):
