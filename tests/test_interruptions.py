@@ -287,6 +287,29 @@ def test_a_signal_at_one_process_stops_all(pretrain, small_run, tmp_path):
     assert close_weights(pretrain('cut'), pretrain('whole'))
 
 
+BREAK_THE_NEXT_LOSS = """
+from models_mff import MaskedAutoencoderMFF
+forward_loss = MaskedAutoencoderMFF.forward_loss
+def forward_loss_once(self, *arguments):
+    MaskedAutoencoderMFF.forward_loss = forward_loss
+    return forward_loss(self, *arguments) + float('inf')
+MaskedAutoencoderMFF.forward_loss = forward_loss_once
+"""
+
+
+def test_an_update_is_skipped_by_all_processes(pretrain, small_run, at_step, tmp_path):
+    """A loss that is infinite in one of two processes, against one process, whose loss is infinite then."""
+    script = victim(tmp_path, f'exec({BREAK_THE_NEXT_LOSS!r}, {{}})')
+    job = torchrun('--standalone', '--nproc_per_node=2', script, *small_run('two'))
+    output, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, output
+    at_step(6, lambda: exec(BREAK_THE_NEXT_LOSS, {}))
+    one, two = pretrain('one'), Result(tmp_path / 'two')
+    for result in (one, two):
+        assert [entry['step'] for entry in result.entries if entry.get('skipped') == 1] == [7]
+    assert close_weights(one, two)
+
+
 def test_torchrun_restarts_a_killed_process(pretrain, small_run, tmp_path):
     script = victim(tmp_path, 'os.kill(os.getpid(), signal.SIGKILL)')
     flags = (
