@@ -129,8 +129,17 @@ class StopRequest:
         return False
 
 
+left = []  # process groups; they go when the process ends
+
+
 def stop():
+    """Leave the process group.
+
+    It is not destroyed together with DistributedDataParallel: that holds the GIL, which gloo's threads may still need
+    to let go of the last tensors they summed, and torch 2.11 would wait for them for ever.
+    """
     if dist.is_initialized():
+        left.append(dist.group.WORLD)
         dist.destroy_process_group()
 
 
