@@ -55,6 +55,9 @@ class ImageFiles:
     def path(self, index):
         return os.path.join(self.root, os.fsdecode(self.names[index]))
 
+    def size(self, index):
+        return os.path.getsize(self.path(index))
+
     def content(self, index):
         with open(self.path(index), 'rb') as file:
             return file.read()
@@ -75,6 +78,9 @@ class TarImages(ImageFiles):
     def __init__(self, root, names, in_chans, tars, places):
         super().__init__(root, names, in_chans)
         self.tars, self.places = tars, places
+
+    def size(self, index):
+        return int(self.places[index, 2])
 
     def content(self, index):
         number, offset, size = self.places[index].tolist()
