@@ -391,13 +391,14 @@ class Samples(torch.utils.data.Dataset):
 
     def read(self, epoch, index, tries=100):
         """source[index] and '', or one drawn from the others and the problem. RunError if none can be read."""
-        problems, others = [], np.random.default_rng((self.seed, epoch, index))
+        problems, others = [], None
         while len(problems) < tries:
             try:
                 return *self.source[index], '\n'.join(problems)
             except ValueError as error:
                 path = self.source.path(index)
                 problems.append(f'{path}\t{str(error).removeprefix(f"{path}: ")}'.replace('\n', ' '))
+                others = others or np.random.default_rng((self.seed, epoch, index))
                 index = int(others.integers(len(self.source)))
         last = problems[-1].replace('\t', ': ')
         raise RunError(f'{tries} images in a row cannot be read; {last}')
