@@ -20,7 +20,7 @@ import torch
 import torchvision.datasets
 from torchvision.transforms.v2.functional import to_dtype
 
-from util import distributed, tar
+from util import distributed, files, tar
 from util.args import InputError, RunError
 from util.shapes import Shapes
 from util.transforms import decode_image, normalise, pil_to_tensor
@@ -33,21 +33,23 @@ SPLITS = {'train': ['train'], 'val': ['val', 'valid', 'validation', 'test']}
 
 
 class ImageFiles:
-    """Image files below a folder, given by their names relative to it, and the name of each one's class.
+    """Image files below a folder, given by their names relative to it, as bytes, and the name of each one's class.
 
     Without class_names the first folder in the names is the class, if all have one.
     """
 
     def __init__(self, root, names, in_chans, class_names=None):
         self.root, self.in_chans = root, in_chans
-        self.names = np.array([os.fsencode(name) for name in names])  # one buffer, shared with the workers
+        self.names = np.asarray(names, dtype=bytes)  # one buffer, shared with the workers
         self.dtype = None  # of the pixels: that of the first image that can be read
         self.classes, self.labels = None, np.full(len(names), -1)
-        if class_names is None and all(os.sep in name for name in names):
-            class_names = [name.split(os.sep)[0] for name in names]
+        names = self.names.tolist()
+        if class_names is None and all(b'/' in name for name in names):
+            class_names = [os.fsdecode(name.split(b'/')[0]) for name in names]
         if class_names:
-            self.classes, self.labels = np.unique(class_names, return_inverse=True)
-            self.classes = self.classes.tolist()
+            self.classes = sorted(set(class_names))
+            numbers = {name: number for number, name in enumerate(self.classes)}
+            self.labels = np.array([numbers[name] for name in class_names])
 
     def __len__(self):
         return len(self.names)
@@ -210,10 +212,11 @@ def open_folder(path, split, in_chans, cache_dir):
     place = (tars | folders)[chosen] if chosen else path
     if os.path.isfile(place):
         return open_tars({place: ''}, place, None, in_chans, cache_dir)
-    names = find_files(place)
-    if names:
+    names = files.find(place, EXTENSIONS, cache_dir)
+    if len(names):
         return None if chosen is None else ImageFiles(place, names, in_chans)
-    tars = {os.path.join(place, name): name[:-4] for name in find_files(place, '.tar')}
+    names = map(os.fsdecode, files.find(place, ('.tar',), cache_dir).tolist())
+    tars = {os.path.join(place, name): name[:-4] for name in names}
     if tars:
         return open_tars(tars, place, None if chosen else split, in_chans, cache_dir)
     raise InputError(
@@ -229,32 +232,6 @@ def choose_split(folders, split):
     return '' if split == 'train' else None
 
 
-def find_files(root, extensions=EXTENSIONS):
-    """Sorted names, relative to root, of the image files in root and below; links are followed, loops are not.
-
-    Raises:
-        InputError: if a folder may not be read.
-    """
-
-    def refuse(error):
-        raise InputError(f'{error.filename}: {error.strerror}')
-
-    names, seen = [], set()
-    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=refuse):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            subfolders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        subfolders[:] = [name for name in subfolders if name[0] != '.']
-        names += [
-            os.path.relpath(os.path.join(folder, name), root)
-            for name in files
-            if name.lower().endswith(extensions) and name[0] != '.'
-        ]
-    return sorted(names)
-
-
 def open_tars(tars, root, split, in_chans, cache_dir):
     """The images in tars, {path: folder in whose place it stands}; those of a split, unless it is None.
 
@@ -263,18 +240,18 @@ def open_tars(tars, root, split, in_chans, cache_dir):
     names, places = tar.load_index(tars, EXTENSIONS, cache_dir)
     if not len(names):
         raise InputError(f'{root}: no image in it; files that count end in {" ".join(EXTENSIONS)}')
-    names = [os.fsdecode(name) for name in names.tolist()]
-    top = os.path.commonprefix([names[0], names[-1]]).rpartition(os.sep)[0]  # they are in order
+    names = names.tolist()
+    top = os.path.commonprefix([names[0], names[-1]]).rpartition(b'/')[0]  # they are in order
     if split:
-        below = (name[len(top) :].strip(os.sep) for name in names)
-        chosen = choose_split({name.split(os.sep)[0] for name in below if os.sep in name}, split)
+        below = (name[len(top) :].strip(b'/') for name in names)
+        chosen = choose_split({os.fsdecode(name.split(b'/')[0]) for name in below if b'/' in name}, split)
         if chosen is None:
             return None
-        top = os.path.join(top, chosen) if chosen else top
-    prefix = os.path.join(top, '') if top else ''
+        top = os.path.join(top, os.fsencode(chosen)) if chosen else top
+    prefix = os.path.join(top, b'') if top else b''
     kept = [name.startswith(prefix) for name in names]
     names = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-    return TarImages(os.path.join(root, top), names, in_chans, list(tars), places[kept])
+    return TarImages(os.path.join(root, os.fsdecode(top)), names, in_chans, list(tars), places[kept])
 
 
 def open_list(path, in_chans):
@@ -295,6 +272,7 @@ def open_list(path, in_chans):
     missing = [name for name in names if not os.path.exists(os.path.join(os.path.dirname(path), name))]
     if missing:
         raise InputError(f'{path}: {len(missing)} of the {len(names)} images in it do not exist, such as {missing[0]}')
+    names = [os.fsencode(name) for name in names]
     return ImageFiles(os.path.dirname(path), names, in_chans, class_names if all(class_names) else [])
 
 
