@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import re
 import shutil
 import struct
 import time
@@ -434,3 +435,54 @@ def test_total_batch_suggestions_would_do(total, per_device, world_size):
     for number in suggestions:
         fits = data.split_batch(total, number, world_size) if per_device else data.split_batch(number, None, world_size)
         assert fits[0] * fits[1] * world_size == (total if per_device else number)
+
+
+# --- Waiting for data -------------------------------------------------------------------------------------------
+
+
+def test_waiting_is_counted_within_the_block_only():
+    waiting = data.Waiting(torch.device('cpu'))
+    for _ in range(3):
+        with waiting:
+            time.sleep(0.02)
+        time.sleep(0.05)
+    assert 0.06 <= waiting.seconds() < 0.2
+    assert waiting.seconds() == 0
+
+
+def test_a_slow_source_is_said_once(pretrain, monkeypatch, capsys):
+    def told(name, *flags):
+        shares = [entry['data_wait'] for entry in pretrain(name, *flags).entries if 'data_wait' in entry]
+        lines = [line for line in capsys.readouterr().out.splitlines() if 'waits for data' in line]
+        return shares, lines
+
+    read = data.ImageFiles.__getitem__
+    monkeypatch.setattr(data.ImageFiles, '__getitem__', lambda *key: time.sleep(0.05) or read(*key))
+    shares, (line,) = told('slow')
+    assert min(shares) > 0.5 and f'waits for data for {shares[1]:.0%} of the time' in line  # not of the first window
+    monkeypatch.setattr(data, 'advice', lambda *_: pytest.fail('a single window is no ground for advice'))
+    told('short', '--epochs', '1', '--warmup_epochs', '0', '--log_every', '99')
+
+
+@pytest.mark.parametrize(
+    'cores, local_processes, workers, crop, size, expected',
+    [
+        (8, 1, 0, 'simple', 16, '--num_workers 8 loads them meanwhile'),
+        (8, 2, 2, 'simple', 16, '--num_workers 4, one for each CPU core of this process, may help; now they are 2'),
+        (64, 1, None, 'rrc', 16, '--num_workers 64, .* now they are 16'),
+        (8, 1, None, 'simple', 16, 'python -m util.resize IMAGES COPY --size 16$'),
+        (8, 1, 8, 'simple', (16, 12), 'python -m util.resize IMAGES COPY --size 16 12$'),
+        (8, 1, 8, 'rrc', 16, 'no CPU core to spare'),
+        (8, 1, 8, None, 16, 'no CPU core to spare'),  # fine-tuning has no --crop
+        (8, 1, 8, 'simple', 18, 'no CPU core to spare'),  # the size that they have
+    ],
+)
+def test_advice_fits(cores, local_processes, workers, crop, size, expected, folder, monkeypatch):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: range(cores), raising=False)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', str(local_processes))
+    args = Namespace(num_workers=workers, data_path='IMAGES', **({'crop': crop} if crop else {}))
+    size = size if isinstance(size, tuple) else (size, size)
+    source = data.open_source(str(folder), 'train')
+    line = data.advice(0.4, source, args, size)
+    assert re.search(expected, line) and 'waits for data for 40% of the time' in line and '\n' not in line
+    assert 'util.resize' not in data.advice(0.4, Shapes('train', (20, 20)), args, size)

@@ -13,6 +13,7 @@ import fcntl
 import os
 import random
 import signal
+import time
 import urllib.error
 
 import numpy as np
@@ -23,7 +24,7 @@ from torchvision.transforms.v2.functional import to_dtype
 from util import distributed, files, tar
 from util.args import InputError, RunError
 from util.shapes import Shapes
-from util.transforms import decode_image, normalise, pil_to_tensor
+from util.transforms import Cover, decode_image, normalise, pil_to_tensor
 
 EXTENSIONS = (*torchvision.datasets.folder.IMG_EXTENSIONS, '.gif', '.npy')
 SPLITS = {'train': ['train'], 'val': ['val', 'valid', 'validation', 'test']}
@@ -478,10 +479,14 @@ def split_batch(total, per_device, world_size):
     return per_device, share // per_device
 
 
+def cores():
+    """CPU cores of this machine over its training processes."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return max(1, count // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+
+
 def default_workers():
-    """CPU cores of this machine over its training processes, 16 at most."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return min(16, max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+    return min(16, cores())
 
 
 class Loader:
@@ -520,3 +525,56 @@ def ignore_signals(worker):
     """Leave to the training process what terminals and SLURM send to every process: it still needs batches."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+# --- Waiting for data -----------------------------------------------------------------------------------------
+
+
+class Waiting:
+    """How long the device stood still within `with waiting:` blocks. A GPU may be busy while its process waits."""
+
+    def __init__(self, device):
+        self.device, self.spans = device, []
+
+    def now(self):
+        if self.device.type != 'cuda':
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()  # reached once all that was asked of the GPU before is done
+        return event
+
+    def __enter__(self):
+        self.began = self.now()
+
+    def __exit__(self, *_):
+        self.spans.append((self.began, self.now()))
+
+    def seconds(self):
+        """The sum since the last call; on a GPU only after waiting for it."""
+        spans, self.spans = self.spans, []
+        on_gpu = self.device.type == 'cuda'
+        return sum(began.elapsed_time(ended) / 1000 if on_gpu else ended - began for began, ended in spans)
+
+
+def advice(share, source, args, size):
+    """What to do where a device waits for data for this share of the time; size is that of the images it gets."""
+    workers = default_workers() if args.num_workers is None else args.num_workers
+    if workers == 0:
+        remedy = f'images are loaded between the steps; --num_workers {default_workers()} loads them meanwhile'
+    elif workers < cores():
+        remedy = f'--num_workers {cores()}, one for each CPU core of this process, may help; now they are {workers}'
+    elif getattr(args, 'crop', None) == 'simple' and isinstance(source, ImageFiles) and resizes(source, size):
+        sides = ' '.join(map(str, dict.fromkeys(size)))
+        remedy = f'resize the images once: python -m util.resize {args.data_path} COPY --size {sides}'
+    else:
+        remedy = f'its {workers} workers have no CPU core to spare; more of them, or a faster disk, would help'
+    return f'The device waits for data for {share:.0%} of the time: {remedy}'
+
+
+def resizes(source, size):
+    """Whether the first image of a source is resized in every epoch."""
+    try:
+        image = source[0][0]
+    except ValueError:
+        return True
+    return Cover(size)(image) is not image
