@@ -3,9 +3,10 @@
     python -m benchmarks.loader --data_path IMAGES
     python -m benchmarks.loader --data_path IMAGES --workers 1 8 16 --batch_size 256 --images 20000
 
-Plain is what most projects have: PIL, torchvision's v1 transforms to normalised float, torch's DataLoader. All give
-normalised float batches on the device. The variants take turns, in alternating order, and a turn's clock starts once
-every worker has given a batch. One worker is one core's work, while the main process collects.
+Plain is what most projects have: PIL, torchvision's v1 transforms to normalised float, torch's DataLoader. The variants
+take turns, in alternating order. "one core" counts the CPU time in which this process makes batches as a worker does,
+whatever else runs on the machine. The others are by the clock: normalised float batches on the device, from when every
+worker has given a batch.
 """
 
 import io
@@ -33,7 +34,7 @@ def get_parser():
     add('--data_path', required=True, help='images in files, as of main_pretrain.py')
     add('--resized', help='a copy by util.resize (default: one is made, and deleted afterwards)')
     add('--crops', choices=list(PLAIN), nargs='+', default=list(PLAIN), help='(default: simple rrc)')
-    add('--workers', type=number(int, 0), nargs='+', default=[0, 1, 2], help='(default: 0 1 2)')
+    add('--workers', type=count, nargs='*', default=[1, 2], help='(default: 1 2; none: one core only)')
     add('--batch_size', type=count, default=32, help='(default: %(default)s)')
     add('--images', type=count, default=600, help='images of a turn (default: %(default)s)')
     add('--rounds', type=count, default=5, help='(default: %(default)s)')
@@ -55,31 +56,22 @@ def main(args):
         )
         if not isinstance(source, data.ImageFiles):
             raise InputError(f'{args.data_path}: the plain pipeline needs images in files')
-        rounds = {(crop, workers): [] for crop in args.crops for workers in args.workers}
+        rounds = {(crop, workers): [] for crop in args.crops for workers in [0, *args.workers]}
         for number_of_round, (crop, workers) in itertools.product(range(args.rounds), rounds):
-            variants = {'plain': (plain_loader, source), 'ours': (our_loader, source), 'resized': (our_loader, resized)}
-            rates = {}
-            for name in list(variants)[:: -1 if number_of_round % 2 else 1]:
-                make_loader, images = variants[name]
-                loader = make_loader(images, crop, workers, device, args)
-                rates[name] = images_per_second(loader, workers, device)
+            rates, samples = (
+                {},
+                {'plain': Plain(source, crop), 'ours': ours(source, crop), 'resized': ours(resized, crop)},
+            )
+            for name in list(samples)[:: -1 if number_of_round % 2 else 1]:
+                rates[name] = images_per_second(samples[name], workers, device, args)
             rounds[crop, workers].append(rates)
-            print(crop, workers, 'workers', {name: round(rate) for name, rate in rates.items()}, flush=True)
-    named = {f'{crop}, {workers} workers': results for (crop, workers), results in rounds.items()}
+            print(crop, by(workers), {name: round(rate) for name, rate in rates.items()}, flush=True)
+    named = {f'{crop}, {by(workers)}': results for (crop, workers), results in rounds.items()}
     report.publish(args.out, str(device), summarise(rounds), named)
 
 
-def keys(source, args):
-    """Shuffled batches of (epoch, index), one more than --images asks for each worker."""
-    steps = -(-args.images // args.batch_size) + max(args.workers)
-    size = min(args.batch_size, len(source))
-    return data.BatchStream(len(source), size, size, 0, 0, steps)
-
-
-def our_loader(source, crop, workers, device, args):
-    """As main_pretrain.py has it, masks included."""
-    samples = data.Samples(source, transforms.pretrain_transform((SIDE, SIDE), crop), num_patches=196)
-    return data.Loader(samples, keys(source, args), device, STATISTICS, workers)
+def by(workers):
+    return f'{workers} worker{"s" * (workers > 1)}' if workers else 'one core'
 
 
 PLAIN = {
@@ -104,27 +96,35 @@ class Plain(torch.utils.data.Dataset):
         return self.transform(image), int(self.source.labels[key[1]])
 
 
-def plain_loader(source, crop, workers, device, args):
-    batches = torch.utils.data.DataLoader(
-        Plain(source, crop),
-        batch_sampler=keys(source, args),
-        num_workers=workers,
-        pin_memory=device.type == 'cuda',
-    )
-    return ([x.to(device, non_blocking=True) for x in batch] for batch in batches)
+def ours(source, crop):
+    """As main_pretrain.py has it, masks included."""
+    return data.Samples(source, transforms.pretrain_transform((SIDE, SIDE), crop), num_patches=(SIDE // 16) ** 2)
 
 
-def images_per_second(loader, workers, device):
-    """From the moment when every worker has given a batch to the end."""
-    count, batches = 0, iter(loader)
-    for _ in range(max(1, workers)):
+def batches_on(device, samples, keys, workers):
+    """Normalised batches on the device."""
+    if not isinstance(samples, Plain):
+        return iter(data.Loader(samples, keys, device, STATISTICS, workers))
+    pinned = device.type == 'cuda'
+    loader = torch.utils.data.DataLoader(samples, batch_sampler=keys, num_workers=workers, pin_memory=pinned)
+    return ([x.to(device, non_blocking=True) for x in batch] for batch in loader)
+
+
+def images_per_second(samples, workers, device, args):
+    size, first = min(args.batch_size, len(samples)), max(1, workers)
+    keys = data.BatchStream(len(samples), size, size, 0, 0, first - -args.images // size)
+    if workers:
+        batches, clock = batches_on(device, samples, keys, workers), time.perf_counter
+    else:
+        batches, clock = iter(torch.utils.data.DataLoader(samples, batch_sampler=keys)), time.process_time
+    for _ in range(first):
         next(batches)
     synchronise(device)
-    began = time.perf_counter()
-    for images, _ in batches:
+    began, count = clock(), 0
+    for images, *_ in batches:
         count += len(images)
     synchronise(device)
-    return count / (time.perf_counter() - began)
+    return count / (clock() - began)
 
 
 def summarise(rounds):
@@ -134,7 +134,7 @@ def summarise(rounds):
         rates = {name: [result[name] for result in results] for name in ('plain', 'ours', 'resized')}
         ratios = {name: [r / p for r, p in zip(rates[name], rates['plain'])] for name in ('ours', 'resized')}
         rows.append(
-            {'crop': crop, 'workers': workers}
+            {'crop': crop, 'by': by(workers)}
             | {f'{name} : plain': report.spread(values) for name, values in ratios.items()}
             | {f'{name}, images/s': report.spread(values) for name, values in rates.items()}
         )
