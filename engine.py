@@ -36,6 +36,7 @@ class Plan:
     state: dict | None = None  # the checkpoint to go on from
     skipped: list = field(default_factory=list)  # the latest steps in a row whose loss or gradient was not finite
     record: dict = field(default_factory=dict)  # numbers and strings that every checkpoint holds beside the states
+    advised: bool = False  # whether it has been said that data is too slow
 
     def lr_at(self, step, lr_scale=1.0):
         return optim.learning_rate(step, self.total_steps, self.warmup_steps, self.lr * lr_scale, self.args.min_lr)
@@ -169,14 +170,14 @@ def train_one_epoch(plan, model, batches, loss_fn, optimizer, scaler, steps, log
     plan.bad.count = 0
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    losses, norms, waited, began = [], [], 0.0, time.perf_counter()
+    waiting = data.Waiting(parameters[0].device)
+    losses, norms, began = [], [], time.perf_counter()
     for step in steps:
         optim.set_learning_rate(optimizer, plan.lr_at, step)
         losses.append(0.0)
         for micro_step in range(plan.accumulation):
-            waiting = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - waiting
+            with waiting:
+                batch = next(batches)
             # Whatever the step draws (mixing, drop path) follows from its place in the total batch, not the process.
             chunk = micro_step * plan.world_size + plan.rank
             data.seed_generators(args.seed, step, chunk, device=batch[0].device)
@@ -195,19 +196,20 @@ def train_one_epoch(plan, model, batches, loss_fn, optimizer, scaler, steps, log
         log.advance()
 
         if (step + 1) % args.log_every == 0 or step + 1 == steps.stop:  # the only place that waits for the device
-            num_steps, seconds = len(losses), time.perf_counter() - began
+            num_steps = len(losses)
             sums = torch.stack([*losses, torch.full_like(losses[0], plan.bad.count)]).float()
             *losses, bad_images = distributed.sum_over_processes(sums).tolist()
             losses = [loss / plan.world_size for loss in losses]
             plan.bad.check(int(bad_images))
             norms = torch.stack(norms).tolist()
+            seconds = time.perf_counter() - began
             good = [index for index, norm in enumerate(norms) if math.isfinite(norm)]
             values = {
                 'loss': sum(losses[index] for index in good) / len(good) if good else math.nan,
                 'lr': max(group['lr'] for group in optimizer.param_groups),
                 'grad_norm': norms[-1],
                 'images_per_s': num_steps * args.total_batch_size / seconds,
-                'data_wait': waited / seconds,
+                'data_wait': waiting.seconds() / seconds,
             }
             if scaler.state_dict():
                 values['loss_scale'] = scaler.get_scale()
@@ -216,10 +218,14 @@ def train_one_epoch(plan, model, batches, loss_fn, optimizer, scaler, steps, log
             if bad_images:
                 values['bad_images'] = int(bad_images)
             log.entry(step + 1, (step + 1) / plan.steps_per_epoch, values | (extra() if extra else {}))
+            first = step + 1 - num_steps == plan.start  # includes the start of the workers
+            if values['data_wait'] > 0.2 and not first and not plan.advised:
+                log.say(data.advice(values['data_wait'], plan.source, args, batch[0].shape[-2:]))
+                plan.advised = True
             note_skipped(
                 plan, [step + 1 - num_steps + index for index in range(num_steps) if index not in good], scaler
             )
-            losses, norms, waited, began = [], [], 0.0, time.perf_counter()
+            losses, norms, began = [], [], time.perf_counter()
         if after_step:
             after_step(step + 1)
 

@@ -9,8 +9,10 @@ import statistics
 import sys
 from pathlib import Path
 
+import PIL
 import timm
 import torch
+import torchvision
 
 
 def environment(device):
@@ -22,7 +24,8 @@ def environment(device):
     return {
         'command': shlex.join(['python', '-m', f'benchmarks.{Path(sys.argv[0]).stem}', *sys.argv[1:]]),
         'device': torch.cuda.get_device_name(device) if device.startswith('cuda') else cpu,
-        'versions': f'Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}',
+        'versions': f'Python {platform.python_version()}, torch {torch.__version__}, torchvision '
+        f'{torchvision.__version__}, timm {timm.__version__}, Pillow {PIL.__version__}',
         'date': f'{datetime.date.today()}',
     }
 

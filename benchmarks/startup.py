@@ -36,9 +36,11 @@ def seconds(arguments, until=None):
         [sys.executable, *arguments], cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True
     )
     with process:
-        found = until and any(until in line for line in process.stdout)
+        found = any(until and until in line for line in process.stdout)  # to its end without `until`
         elapsed = time.perf_counter() - began
-        process.terminate() if found else process.wait()
+        if found:
+            process.terminate()
+        process.communicate()  # to the end: what it still has to say needs a reader
     if until and not found or not until and process.returncode:
         raise SystemExit(f'{arguments} failed')
     return elapsed

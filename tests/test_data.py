@@ -3,7 +3,10 @@
 import gzip
 import io
 import os
+import re
+import shutil
 import struct
+import time
 from argparse import Namespace
 
 import numpy as np
@@ -12,7 +15,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from util import data, transforms
+from util import data, files, transforms
 from util.args import InputError
 from util.shapes import Shapes
 
@@ -135,6 +138,127 @@ def test_a_class_may_be_called_train(tmp_path):
 def test_names_that_are_not_utf8(tmp_path):
     touch(tmp_path, os.fsdecode(b'caf\xe9.png'))
     assert data.open_source(str(tmp_path), 'train')[0][0].shape == (3, 8, 8)
+
+
+def listed(root):
+    """What os.walk finds: links are followed, but not into a folder that they are in."""
+    found = []
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        above = [os.path.realpath(folder)]
+        parent = folder
+        while parent != str(root):
+            parent = os.path.dirname(parent)
+            above.append(os.path.realpath(parent))
+        subfolders[:] = [
+            name for name in subfolders if name[0] != '.' and os.path.realpath(os.path.join(folder, name)) not in above
+        ]
+        found += [
+            os.path.relpath(os.path.join(folder, name), root)
+            for name in names
+            if name[0] != '.' and name.lower().endswith(data.EXTENSIONS)
+        ]
+    return sorted(map(os.fsencode, found))
+
+
+@pytest.fixture
+def tangle(tmp_path):
+    """Folders with links to files and folders, links that lead back, to themselves and nowhere, and odd names."""
+    root = tmp_path / 'tangle'
+    touch(root, 'a/1.png', 'a/deep/er/2.JPG', 'a-b/3.png', 'a.b/4.png', '.hidden/5.png', 'b/.6.png', 'é/7.png')
+    touch(root, os.fsdecode(b'caf\xe9/8.png'), 'with space/new\nline.png', 'b/notes.txt', 'folder.png/9.png', '1.png')
+    touch(tmp_path / 'elsewhere', 'x/10.png', '11.png')
+    (root / 'empty').mkdir()
+    for link, target in {
+        'a/deep/loop': root,
+        'b/to_a': root / 'a',
+        'a/to_b': root / 'b',  # there and back again
+        'out': tmp_path / 'elsewhere',
+        'out_again': tmp_path / 'elsewhere',
+        'linked.png': root / '1.png',
+        'self.png': root / 'self.png',
+        'nowhere.png': root / 'nothing',
+    }.items():
+        os.symlink(target, root / link)
+    return root
+
+
+def test_listing_is_that_of_os_walk(tangle):
+    found = files.find(str(tangle), data.EXTENSIONS, 'none')
+    assert found.dtype.kind == 'S' and found.tolist() == listed(tangle)
+    assert {b'b/to_a/deep/er/2.JPG', b'out_again/x/10.png', b'caf\xe9/8.png', b'nowhere.png'} <= set(found.tolist())
+    assert not os.path.exists('none')  # quick to list, so not kept
+
+
+@pytest.fixture
+def searches(monkeypatch):
+    """Every listing is kept, and the folders that are searched are counted."""
+    calls, search = [], files.search
+    monkeypatch.setattr(files, 'KEEP_FROM', -1)
+    monkeypatch.setattr(files, 'search', lambda *arguments: calls.append(arguments) or search(*arguments))
+    return calls
+
+
+CHANGES = {
+    'nothing': lambda root: (root / 'a/1.png').write_bytes(b'other content'),
+    'a new file': lambda root: (root / 'a/deep/er/new.png').touch(),
+    'a file less': lambda root: (root / 'a-b/3.png').unlink(),
+    'a renamed file': lambda root: (root / '1.png').rename(root / '2.png'),
+    'a moved file': lambda root: (root / '1.png').rename(root / 'empty/1.png'),
+    'a new folder': lambda root: touch(root, 'new/1.png'),
+    'a folder less': lambda root: shutil.rmtree(root / 'a/deep'),
+    'a renamed folder': lambda root: (root / 'a.b').rename(root / 'a.c'),
+    'in a folder elsewhere': lambda root: (root / 'out/x/new.png').touch(),
+    'a link elsewhere': lambda root: ((root / 'out').unlink(), (root / 'out').symlink_to(root / 'a')),
+    'an exchanged folder': lambda root: (
+        (root / 'a.b').rename(root.parent / 'old'),
+        touch(root, 'a.b/new.png'),
+        [os.utime(root / name, ns=(0, (root.parent / 'old').stat().st_mtime_ns)) for name in ['a.b']],
+    ),
+}
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_a_kept_listing_holds_until_a_folder_changes(change, tangle, tmp_path, searches, monkeypatch):
+    monkeypatch.setattr(files, 'SETTLED', -1)
+
+    def found():
+        return files.find(str(tangle), data.EXTENSIONS, str(tmp_path / 'cache')).tolist()
+
+    assert [found(), found()] == [listed(tangle)] * 2 and len(searches) == 1
+    time.sleep(0.02)  # file systems give times in ticks
+    CHANGES[change](tangle)
+    assert [found(), found()] == [listed(tangle)] * 2 and len(searches) == (1 if change == 'nothing' else 2)
+    (kept,) = (tmp_path / 'cache').iterdir()
+    kept.write_bytes(kept.read_bytes()[:-100])  # killed while writing
+    assert found() == listed(tangle) and len(searches) == (2 if change == 'nothing' else 3)
+
+
+def test_a_listing_of_folders_that_just_changed_is_not_believed(tangle, tmp_path, searches):
+    """A change in the same tick of the clock would not show."""
+    for count in (1, 2, 3, 3):
+        if count == len(searches) + 1 == 3:
+            for folder, _, _ in os.walk(tmp_path):
+                os.utime(folder, (0, time.time() - 60))
+        found = files.find(str(tangle), data.EXTENSIONS, str(tmp_path / 'cache'))
+        assert found.tolist() == listed(tangle) and len(searches) == count
+
+
+def test_another_folder_and_other_files_have_another_index(tangle, tmp_path, searches):
+    for root in (tangle, tangle / 'a'):
+        for extensions in (data.EXTENSIONS, ('.txt',)):
+            expected = [name for name in listed(root) if extensions == data.EXTENSIONS]
+            for _ in range(2):
+                found = files.find(str(root), extensions, str(tmp_path)).tolist()
+                assert [name for name in found if not name.endswith(b'notes.txt')] == expected
+    assert len(list(tmp_path.glob('folder-index-*.npz'))) == 4
+
+
+def test_memory_is_arrays_only(folder):
+    """What grows with the number of images are NumPy arrays, which forked workers share."""
+    source = data.open_source(str(folder), 'train')
+    held = {name: value for name, value in vars(source).items() if hasattr(value, '__len__') and len(value) >= 64}
+    assert {name for name in held if name != 'root'} == {'names', 'labels'}
+    assert all(value.dtype.kind in 'Si' for name, value in held.items() if name != 'root')
 
 
 def test_list_of_images(tmp_path):
@@ -311,3 +435,54 @@ def test_total_batch_suggestions_would_do(total, per_device, world_size):
     for number in suggestions:
         fits = data.split_batch(total, number, world_size) if per_device else data.split_batch(number, None, world_size)
         assert fits[0] * fits[1] * world_size == (total if per_device else number)
+
+
+# --- Waiting for data -------------------------------------------------------------------------------------------
+
+
+def test_waiting_is_counted_within_the_block_only():
+    waiting = data.Waiting(torch.device('cpu'))
+    for _ in range(3):
+        with waiting:
+            time.sleep(0.02)
+        time.sleep(0.05)
+    assert 0.06 <= waiting.seconds() < 0.2
+    assert waiting.seconds() == 0
+
+
+def test_a_slow_source_is_said_once(pretrain, monkeypatch, capsys):
+    def told(name, *flags):
+        shares = [entry['data_wait'] for entry in pretrain(name, *flags).entries if 'data_wait' in entry]
+        lines = [line for line in capsys.readouterr().out.splitlines() if 'waits for data' in line]
+        return shares, lines
+
+    read = data.ImageFiles.__getitem__
+    monkeypatch.setattr(data.ImageFiles, '__getitem__', lambda *key: time.sleep(0.05) or read(*key))
+    shares, (line,) = told('slow')
+    assert min(shares) > 0.5 and f'waits for data for {shares[1]:.0%} of the time' in line  # not of the first window
+    monkeypatch.setattr(data, 'advice', lambda *_: pytest.fail('a single window is no ground for advice'))
+    told('short', '--epochs', '1', '--warmup_epochs', '0', '--log_every', '99')
+
+
+@pytest.mark.parametrize(
+    'cores, local_processes, workers, crop, size, expected',
+    [
+        (8, 1, 0, 'simple', 16, '--num_workers 8 loads them meanwhile'),
+        (8, 2, 2, 'simple', 16, '--num_workers 4, one for each CPU core of this process, may help; now they are 2'),
+        (64, 1, None, 'rrc', 16, '--num_workers 64, .* now they are 16'),
+        (8, 1, None, 'simple', 16, 'python -m util.resize IMAGES COPY --size 16$'),
+        (8, 1, 8, 'simple', (16, 12), 'python -m util.resize IMAGES COPY --size 16 12$'),
+        (8, 1, 8, 'rrc', 16, 'no CPU core to spare'),
+        (8, 1, 8, None, 16, 'no CPU core to spare'),  # fine-tuning has no --crop
+        (8, 1, 8, 'simple', 18, 'no CPU core to spare'),  # the size that they have
+    ],
+)
+def test_advice_fits(cores, local_processes, workers, crop, size, expected, folder, monkeypatch):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: range(cores), raising=False)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', str(local_processes))
+    args = Namespace(num_workers=workers, data_path='IMAGES', **({'crop': crop} if crop else {}))
+    size = size if isinstance(size, tuple) else (size, size)
+    source = data.open_source(str(folder), 'train')
+    line = data.advice(0.4, source, args, size)
+    assert re.search(expected, line) and 'waits for data for 40% of the time' in line and '\n' not in line
+    assert 'util.resize' not in data.advice(0.4, Shapes('train', (20, 20)), args, size)

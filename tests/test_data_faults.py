@@ -80,7 +80,7 @@ def faulty(folder, tmp_path):
 def test_a_fault_is_said_and_replaced(name, folder, tmp_path):
     good = sorted(str(path) for path in (folder / 'train').rglob('*.png'))[:5]
     bad = make(tmp_path, name)
-    source = data.ImageFiles('', [*good, bad], 3)
+    source = data.ImageFiles('', [os.fsencode(path) for path in (*good, bad)], 3)
     with pytest.raises(ValueError, match=f'{re.escape(bad)}: .*{FAULTS[name][1]}'):
         source[5]
     samples = data.Samples(source, lambda image: image, 4, seed=1)
@@ -93,7 +93,7 @@ def test_a_fault_is_said_and_replaced(name, folder, tmp_path):
 
 
 def test_a_source_without_any_good_image_ends(tmp_path):
-    source = data.ImageFiles('', [make(tmp_path, 'empty.png'), make(tmp_path, 'text.jpg')], 3)
+    source = data.ImageFiles('', [os.fsencode(make(tmp_path, name)) for name in ('empty.png', 'text.jpg')], 3)
     with pytest.raises(RunError, match='100 images in a row cannot be read; .*(empty|no image)'):
         data.Samples(source, lambda image: image)[0, 0]
     for bad in (data.BadImages(2, 1.0), data.BadImages(300, 0.01)):

@@ -181,12 +181,12 @@ def test_tars(content, tmp_path):
     path = tmp_path / 'images.tar'
     path.write_bytes(content)
     try:
-        names, places = tar.build_index({str(path): ''}, ('.png',))
+        index = tar.build_index({str(path): ''}, ('.png',))
     except InputError as error:
         assert str(error).startswith(str(path))
     else:
-        assert len(names) == len(places)
-        assert all(0 <= offset <= offset + size <= len(content) for _, offset, size in places.tolist())
+        assert len(index['names']) == len(index['places'])
+        assert all(0 <= offset <= offset + size <= len(content) for _, offset, size in index['places'].tolist())
 
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import fcntl
 import os
 import random
 import signal
+import time
 import urllib.error
 
 import numpy as np
@@ -20,10 +21,10 @@ import torch
 import torchvision.datasets
 from torchvision.transforms.v2.functional import to_dtype
 
-from util import distributed, tar
+from util import distributed, files, tar
 from util.args import InputError, RunError
 from util.shapes import Shapes
-from util.transforms import decode_image, normalise, pil_to_tensor
+from util.transforms import Cover, decode_image, normalise, pil_to_tensor
 
 EXTENSIONS = (*torchvision.datasets.folder.IMG_EXTENSIONS, '.gif', '.npy')
 SPLITS = {'train': ['train'], 'val': ['val', 'valid', 'validation', 'test']}
@@ -33,27 +34,32 @@ SPLITS = {'train': ['train'], 'val': ['val', 'valid', 'validation', 'test']}
 
 
 class ImageFiles:
-    """Image files below a folder, given by their names relative to it, and the name of each one's class.
+    """Image files below a folder, given by their names relative to it, as bytes, and the name of each one's class.
 
     Without class_names the first folder in the names is the class, if all have one.
     """
 
     def __init__(self, root, names, in_chans, class_names=None):
         self.root, self.in_chans = root, in_chans
-        self.names = np.array([os.fsencode(name) for name in names])  # one buffer, shared with the workers
+        self.names = np.asarray(names, dtype=bytes)  # one buffer, shared with the workers
         self.dtype = None  # of the pixels: that of the first image that can be read
         self.classes, self.labels = None, np.full(len(names), -1)
-        if class_names is None and all(os.sep in name for name in names):
-            class_names = [name.split(os.sep)[0] for name in names]
+        names = self.names.tolist()
+        if class_names is None and all(b'/' in name for name in names):
+            class_names = [os.fsdecode(name.split(b'/')[0]) for name in names]
         if class_names:
-            self.classes, self.labels = np.unique(class_names, return_inverse=True)
-            self.classes = self.classes.tolist()
+            self.classes = sorted(set(class_names))
+            numbers = {name: number for number, name in enumerate(self.classes)}
+            self.labels = np.array([numbers[name] for name in class_names])
 
     def __len__(self):
         return len(self.names)
 
     def path(self, index):
         return os.path.join(self.root, os.fsdecode(self.names[index]))
+
+    def size(self, index):
+        return os.path.getsize(self.path(index))
 
     def content(self, index):
         with open(os.open(self.path(index), os.O_RDONLY | os.O_NONBLOCK), 'rb') as file:  # a pipe would block
@@ -75,6 +81,9 @@ class TarImages(ImageFiles):
     def __init__(self, root, names, in_chans, tars, places):
         super().__init__(root, names, in_chans)
         self.tars, self.places = tars, places
+
+    def size(self, index):
+        return int(self.places[index, 2])
 
     def content(self, index):
         number, offset, size = self.places[index].tolist()
@@ -204,10 +213,11 @@ def open_folder(path, split, in_chans, cache_dir):
     place = (tars | folders)[chosen] if chosen else path
     if os.path.isfile(place):
         return open_tars({place: ''}, place, None, in_chans, cache_dir)
-    names = find_files(place)
-    if names:
+    names = files.find(place, EXTENSIONS, cache_dir)
+    if len(names):
         return None if chosen is None else ImageFiles(place, names, in_chans)
-    tars = {os.path.join(place, name): name[:-4] for name in find_files(place, '.tar')}
+    names = map(os.fsdecode, files.find(place, ('.tar',), cache_dir).tolist())
+    tars = {os.path.join(place, name): name[:-4] for name in names}
     if tars:
         return open_tars(tars, place, None if chosen else split, in_chans, cache_dir)
     raise InputError(
@@ -223,32 +233,6 @@ def choose_split(folders, split):
     return '' if split == 'train' else None
 
 
-def find_files(root, extensions=EXTENSIONS):
-    """Sorted names, relative to root, of the image files in root and below; links are followed, loops are not.
-
-    Raises:
-        InputError: if a folder may not be read.
-    """
-
-    def refuse(error):
-        raise InputError(f'{error.filename}: {error.strerror}')
-
-    names, seen = [], set()
-    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=refuse):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            subfolders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        subfolders[:] = [name for name in subfolders if name[0] != '.']
-        names += [
-            os.path.relpath(os.path.join(folder, name), root)
-            for name in files
-            if name.lower().endswith(extensions) and name[0] != '.'
-        ]
-    return sorted(names)
-
-
 def open_tars(tars, root, split, in_chans, cache_dir):
     """The images in tars, {path: folder in whose place it stands}; those of a split, unless it is None.
 
@@ -257,18 +241,18 @@ def open_tars(tars, root, split, in_chans, cache_dir):
     names, places = tar.load_index(tars, EXTENSIONS, cache_dir)
     if not len(names):
         raise InputError(f'{root}: no image in it; files that count end in {" ".join(EXTENSIONS)}')
-    names = [os.fsdecode(name) for name in names.tolist()]
-    top = os.path.commonprefix([names[0], names[-1]]).rpartition(os.sep)[0]  # they are in order
+    names = names.tolist()
+    top = os.path.commonprefix([names[0], names[-1]]).rpartition(b'/')[0]  # they are in order
     if split:
-        below = (name[len(top) :].strip(os.sep) for name in names)
-        chosen = choose_split({name.split(os.sep)[0] for name in below if os.sep in name}, split)
+        below = (name[len(top) :].strip(b'/') for name in names)
+        chosen = choose_split({os.fsdecode(name.split(b'/')[0]) for name in below if b'/' in name}, split)
         if chosen is None:
             return None
-        top = os.path.join(top, chosen) if chosen else top
-    prefix = os.path.join(top, '') if top else ''
+        top = os.path.join(top, os.fsencode(chosen)) if chosen else top
+    prefix = os.path.join(top, b'') if top else b''
     kept = [name.startswith(prefix) for name in names]
     names = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-    return TarImages(os.path.join(root, top), names, in_chans, list(tars), places[kept])
+    return TarImages(os.path.join(root, os.fsdecode(top)), names, in_chans, list(tars), places[kept])
 
 
 def open_list(path, in_chans):
@@ -289,6 +273,7 @@ def open_list(path, in_chans):
     missing = [name for name in names if not os.path.exists(os.path.join(os.path.dirname(path), name))]
     if missing:
         raise InputError(f'{path}: {len(missing)} of the {len(names)} images in it do not exist, such as {missing[0]}')
+    names = [os.fsencode(name) for name in names]
     return ImageFiles(os.path.dirname(path), names, in_chans, class_names if all(class_names) else [])
 
 
@@ -385,13 +370,14 @@ class Samples(torch.utils.data.Dataset):
 
     def read(self, epoch, index, tries=100):
         """source[index] and '', or one drawn from the others and the problem. RunError if none can be read."""
-        problems, others = [], np.random.default_rng((self.seed, epoch, index))
+        problems, others = [], None
         while len(problems) < tries:
             try:
                 return *self.source[index], '\n'.join(problems)
             except ValueError as error:
                 path = self.source.path(index)
                 problems.append(f'{path}\t{str(error).removeprefix(f"{path}: ")}'.replace('\n', ' '))
+                others = others or np.random.default_rng((self.seed, epoch, index))
                 index = int(others.integers(len(self.source)))
         last = problems[-1].replace('\t', ': ')
         raise RunError(f'{tries} images in a row cannot be read; {last}')
@@ -493,10 +479,14 @@ def split_batch(total, per_device, world_size):
     return per_device, share // per_device
 
 
+def cores():
+    """CPU cores of this machine over its training processes."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return max(1, count // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+
+
 def default_workers():
-    """CPU cores of this machine over its training processes, 16 at most."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return min(16, max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+    return min(16, cores())
 
 
 class Loader:
@@ -535,3 +525,56 @@ def ignore_signals(worker):
     """Leave to the training process what terminals and SLURM send to every process: it still needs batches."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+# --- Waiting for data -----------------------------------------------------------------------------------------
+
+
+class Waiting:
+    """How long the device stood still within `with waiting:` blocks. A GPU may be busy while its process waits."""
+
+    def __init__(self, device):
+        self.device, self.spans = device, []
+
+    def now(self):
+        if self.device.type != 'cuda':
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()  # reached once all that was asked of the GPU before is done
+        return event
+
+    def __enter__(self):
+        self.began = self.now()
+
+    def __exit__(self, *_):
+        self.spans.append((self.began, self.now()))
+
+    def seconds(self):
+        """The sum since the last call; on a GPU only after waiting for it."""
+        spans, self.spans = self.spans, []
+        on_gpu = self.device.type == 'cuda'
+        return sum(began.elapsed_time(ended) / 1000 if on_gpu else ended - began for began, ended in spans)
+
+
+def advice(share, source, args, size):
+    """What to do where a device waits for data for this share of the time; size is that of the images it gets."""
+    workers = default_workers() if args.num_workers is None else args.num_workers
+    if workers == 0:
+        remedy = f'images are loaded between the steps; --num_workers {default_workers()} loads them meanwhile'
+    elif workers < cores():
+        remedy = f'--num_workers {cores()}, one for each CPU core of this process, may help; now they are {workers}'
+    elif getattr(args, 'crop', None) == 'simple' and isinstance(source, ImageFiles) and resizes(source, size):
+        sides = ' '.join(map(str, dict.fromkeys(size)))
+        remedy = f'resize the images once: python -m util.resize {args.data_path} COPY --size {sides}'
+    else:
+        remedy = f'its {workers} workers have no CPU core to spare; more of them, or a faster disk, would help'
+    return f'The device waits for data for {share:.0%} of the time: {remedy}'
+
+
+def resizes(source, size):
+    """Whether the first image of a source is resized in every epoch."""
+    try:
+        image = source[0][0]
+    except ValueError:
+        return True
+    return Cover(size)(image) is not image

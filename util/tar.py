@@ -6,15 +6,14 @@ its cache, a pickle beside the data, is believed after the tar has changed; a da
 word; and it holds an object an image. Here the index is arrays, kept under --download_dir, and reading is pread.
 """
 
-import fcntl
 import functools
-import hashlib
 import os
 import tarfile
 
 import numpy as np
 from tqdm import tqdm
 
+from util import files
 from util.args import InputError
 
 COMPRESSED = ('.tar.gz', '.tgz', '.tar.bz2', '.tbz2', '.tar.xz', '.txz', '.tar.zst')
@@ -36,33 +35,13 @@ def load_index(tars, extensions, cache_dir):
         versions = [(os.path.realpath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in tars]
     except OSError as error:
         raise InputError(f'{error.filename}: {error.strerror}') from None
-    key = hashlib.sha256(repr((versions, list(tars.values()), extensions)).encode()).hexdigest()[:16]
-    cache = os.path.join(cache_dir, f'tar-index-{key}.npz')
-    try:
-        os.makedirs(cache_dir, exist_ok=True)
-        file = os.fdopen(os.open(cache, os.O_RDWR | os.O_CREAT, 0o644), 'r+b')
-        fcntl.lockf(file, fcntl.LOCK_EX)
-    except OSError as error:
-        print(f'{cache}: {error.strerror}; the index of tar files is built anew every time (--download_dir)')
-        return build_index(tars, extensions)
-    with file:
-        try:
-            with np.load(file, allow_pickle=False) as arrays:
-                return arrays['names'], arrays['places']
-        except Exception:  # it is new and empty, or was cut off
-            names, places = build_index(tars, extensions)
-        try:
-            file.seek(0)
-            file.truncate()
-            np.savez(file, names=names, places=places)
-            file.flush()
-        except OSError as error:
-            print(f'{cache}: {error.strerror}; the index of tar files is not kept')
-    return names, places
+    cache = files.cache_file(cache_dir, 'tar', (versions, list(tars.values()), extensions))
+    index = files.load_or_build(cache, lambda: build_index(tars, extensions))
+    return index['names'], index['places']
 
 
 def build_index(tars, extensions):
-    """load_index without the cache, with a progress bar."""
+    """{'names', 'places'} as load_index gives them, with a progress bar."""
     found, done, sizes = {}, 0, [os.path.getsize(path) for path in tars]
     print(f'Indexing {len(tars)} tar file{"s" * (len(tars) > 1)}, {sum(sizes) / 1e9:.2f} GB, once')
     with tqdm(desc='index', total=sum(sizes), unit='B', unit_scale=True, disable=None) as bar:
@@ -72,7 +51,8 @@ def build_index(tars, extensions):
                     for name, offset, size in members(file):
                         bar.update(done + offset - bar.n)
                         if name.lower().endswith(extensions):
-                            found[os.path.join(folder, name)] = number, offset, size  # of equal names the last
+                            place = os.fsencode(os.path.join(folder, name))
+                            found[place] = number, offset, size  # of equal names the last
             except OSError as error:
                 raise InputError(f'{path}: {error.strerror}') from None
             except (tarfile.TarError, RecursionError) as error:
@@ -80,7 +60,7 @@ def build_index(tars, extensions):
             done += sizes[number]
     names = sorted(found)
     places = np.array([found[name] for name in names], dtype=np.int64).reshape(-1, 3)
-    return np.array([os.fsencode(name) for name in names], dtype=bytes), places
+    return {'names': np.array(names, dtype=bytes), 'places': places}
 
 
 def members(file):

@@ -120,12 +120,26 @@ class Cover(torch.nn.Module):
         return v2.functional.resize(image, [height, width], self.interpolation, antialias=True)
 
 
+class PaddedCrop(v2.RandomCrop):
+    """RandomCrop(size, padding, padding_mode='reflect'), the same draws and pixels: but torchvision pads all of the
+    image, in float32, which takes as long as the resize, and this only what the crop has outside.
+    """
+
+    def transform(self, image, params):
+        left, top = params['left'] - params['padding'][0], params['top'] - params['padding'][1]
+        right, bottom = left + self.size[1], top + self.size[0]
+        inside = image.numpy()[:, max(top, 0) : bottom, max(left, 0) : right]
+        vertical = max(-top, 0), max(bottom - image.shape[1], 0)
+        horizontal = max(-left, 0), max(right - image.shape[2], 0)
+        return torch.from_numpy(np.pad(inside, ((0, 0), vertical, horizontal), 'reflect'))
+
+
 def pretrain_transform(size, crop='simple'):
     """uint8 (C, h, w) -> uint8 (C, H, W). 'simple': the reference's (mmpretrain configs/mff); 'rrc': MAE's."""
     if crop == 'simple':
         if min(size) <= 4:
             raise InputError(f'--input_size {size[0]} {size[1]}: --crop simple pads by 4 pixels and needs more')
-        spatial = [Cover(size), v2.RandomCrop(size, padding=4, padding_mode='reflect')]
+        spatial = [Cover(size), PaddedCrop(size, padding=4)]
     else:
         spatial = [v2.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=BICUBIC, antialias=True)]
     return v2.Compose([*spatial, v2.RandomHorizontalFlip()])

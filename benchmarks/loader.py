@@ -1,0 +1,145 @@
+"""Images a second of the input alone: the plain pipeline, ours, and ours on a copy that util.resize made.
+
+    python -m benchmarks.loader --data_path IMAGES
+    python -m benchmarks.loader --data_path IMAGES --workers 1 8 16 --batch_size 256 --images 20000
+
+Plain is what most projects have: PIL, torchvision's v1 transforms to normalised float, torch's DataLoader. The variants
+take turns, in alternating order. "one core" counts the CPU time in which this process makes batches as a worker does,
+whatever else runs on the machine. The others are by the clock: normalised float batches on the device, from when every
+worker has given a batch.
+"""
+
+import io
+import itertools
+import os
+import tempfile
+import time
+
+import torch
+from PIL import Image
+from torchvision import transforms as v1
+
+from benchmarks import report
+from benchmarks.step import synchronise
+from util import data, distributed, resize, transforms
+from util.args import ArgumentParser, InputError, number, run
+
+SIDE = 224
+STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def get_parser():
+    parser = ArgumentParser(__doc__.splitlines()[0])
+    add, count = parser.add_argument, number(int, 1)
+    add('--data_path', required=True, help='images in files, as of main_pretrain.py')
+    add('--resized', help='a copy by util.resize (default: one is made, and deleted afterwards)')
+    add('--crops', choices=list(PLAIN), nargs='+', default=list(PLAIN), help='(default: simple rrc)')
+    add('--workers', type=count, nargs='*', default=[1, 2], help='(default: 1 2; none: one core only)')
+    add('--batch_size', type=count, default=32, help='(default: %(default)s)')
+    add('--images', type=count, default=600, help='images of a turn (default: %(default)s)')
+    add('--rounds', type=count, default=5, help='(default: %(default)s)')
+    add('--device', default='auto', help='cuda or cpu (default: the first of them that is there)')
+    add('--download_dir', default='data', help='as of main_pretrain.py')
+    add('--out', help='write OUT.md and OUT.json')
+    return parser
+
+
+def main(args):
+    device = torch.device(distributed.choose_device(args.device))
+    with tempfile.TemporaryDirectory() as folder:
+        copy = args.resized or os.path.join(folder, 'copy')
+        if not args.resized:
+            flags = ['--size', str(SIDE), '--max_bad', '1', '--download_dir', args.download_dir]
+            resize.main(resize.get_parser().parse_args([args.data_path, copy, *flags]))
+        source, resized = (
+            data.open_source(path, 'train', download_dir=args.download_dir) for path in (args.data_path, copy)
+        )
+        if not isinstance(source, data.ImageFiles):
+            raise InputError(f'{args.data_path}: the plain pipeline needs images in files')
+        rounds = {(crop, workers): [] for crop in args.crops for workers in [0, *args.workers]}
+        for number_of_round, (crop, workers) in itertools.product(range(args.rounds), rounds):
+            rates, samples = (
+                {},
+                {'plain': Plain(source, crop), 'ours': ours(source, crop), 'resized': ours(resized, crop)},
+            )
+            for name in list(samples)[:: -1 if number_of_round % 2 else 1]:
+                rates[name] = images_per_second(samples[name], workers, device, args)
+            rounds[crop, workers].append(rates)
+            print(crop, by(workers), {name: round(rate) for name, rate in rates.items()}, flush=True)
+    named = {f'{crop}, {by(workers)}': results for (crop, workers), results in rounds.items()}
+    report.publish(args.out, str(device), summarise(rounds), named)
+
+
+def by(workers):
+    return f'{workers} worker{"s" * (workers > 1)}' if workers else 'one core'
+
+
+PLAIN = {
+    'simple': [v1.Resize(SIDE), v1.RandomCrop(SIDE, padding=4, padding_mode='reflect')],
+    'rrc': [v1.RandomResizedCrop(SIDE, scale=(0.2, 1.0), interpolation=v1.InterpolationMode.BICUBIC)],
+}
+
+
+class Plain(torch.utils.data.Dataset):
+    """(epoch, index) -> (normalised float image (3, SIDE, SIDE), label)."""
+
+    def __init__(self, source, crop):
+        self.source = source
+        to_float = [v1.RandomHorizontalFlip(), v1.ToTensor(), v1.Normalize(*STATISTICS)]
+        self.transform = v1.Compose([*PLAIN[crop], *to_float])
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, key):
+        image = Image.open(io.BytesIO(self.source.content(key[1]))).convert('RGB')
+        return self.transform(image), int(self.source.labels[key[1]])
+
+
+def ours(source, crop):
+    """As main_pretrain.py has it, masks included."""
+    return data.Samples(source, transforms.pretrain_transform((SIDE, SIDE), crop), num_patches=(SIDE // 16) ** 2)
+
+
+def batches_on(device, samples, keys, workers):
+    """Normalised batches on the device."""
+    if not isinstance(samples, Plain):
+        return iter(data.Loader(samples, keys, device, STATISTICS, workers))
+    pinned = device.type == 'cuda'
+    loader = torch.utils.data.DataLoader(samples, batch_sampler=keys, num_workers=workers, pin_memory=pinned)
+    return ([x.to(device, non_blocking=True) for x in batch] for batch in loader)
+
+
+def images_per_second(samples, workers, device, args):
+    size, first = min(args.batch_size, len(samples)), max(1, workers)
+    keys = data.BatchStream(len(samples), size, size, 0, 0, first - -args.images // size)
+    if workers:
+        batches, clock = batches_on(device, samples, keys, workers), time.perf_counter
+    else:
+        batches, clock = iter(torch.utils.data.DataLoader(samples, batch_sampler=keys)), time.process_time
+    for _ in range(first):
+        next(batches)
+    synchronise(device)
+    began, count = clock(), 0
+    for images, *_ in batches:
+        count += len(images)
+    synchronise(device)
+    return count / (clock() - began)
+
+
+def summarise(rounds):
+    """Rows of the table, from the {variant: images/s} of each round by (crop, workers)."""
+    rows = []
+    for (crop, workers), results in rounds.items():
+        rates = {name: [result[name] for result in results] for name in ('plain', 'ours', 'resized')}
+        ratios = {name: [r / p for r, p in zip(rates[name], rates['plain'])] for name in ('ours', 'resized')}
+        rows.append(
+            {'crop': crop, 'by': by(workers)}
+            | {f'{name} : plain': report.spread(values) for name, values in ratios.items()}
+            | {f'{name}, images/s': report.spread(values) for name, values in rates.items()}
+        )
+    return rows
+
+
+if __name__ == '__main__':
+    run(main, get_parser())
