@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import struct
+import threading
 import time
 import zlib
 
@@ -17,7 +18,7 @@ from conftest import Result, command
 from PIL import Image
 
 from util import data
-from util.args import RunError
+from util.args import RunError, end_workers
 
 
 def jpeg(size=(40, 30)):
@@ -207,6 +208,18 @@ def test_a_worker_that_hangs_does_not_keep_a_failed_run(in_worker, pretrain, cap
         pretrain('run', '--num_workers', '2')
     assert exit.value.code == 1 and 'error: the disk is gone' in capfd.readouterr().err
     assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_is_killed_with_a_lock_does_not_keep_the_run():
+    """The loader takes the same lock when it is deleted."""
+    batches = iter(torch.utils.data.DataLoader(range(100), num_workers=1))
+    next(batches)
+    batches._workers_done_event._cond.acquire()  # as a worker does each time it asks whether to end
+    end_workers()
+    done = threading.Thread(target=batches._shutdown_workers, daemon=True)
+    done.start()
+    done.join(30)
+    assert not done.is_alive()
 
 
 def test_workers_leave_signals_to_the_run(in_worker, pretrain):

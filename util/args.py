@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import gc
 import math
 import multiprocessing
 import os
@@ -83,12 +84,19 @@ def fail(parser, message):
 
 
 def end_workers():
-    """Kill loader workers that a fault left running: they ignore SIGTERM, by which Python would end them."""
+    """Kill loader workers that a fault left running: they ignore SIGTERM, by which Python would end them.
+
+    One may have held the lock of its loader's event, on which the loader would wait for ever as it is deleted.
+    """
+    workers = multiprocessing.active_children()
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise an error for each
-    for process in multiprocessing.active_children():
+    for process in workers:
         process.kill()
         process.join()
     signal.signal(signal.SIGCHLD, handler)
+    for thing in gc.get_objects() if workers else []:
+        if type(thing).__name__ == '_MultiProcessingDataLoaderIter':
+            thing._workers_done_event = multiprocessing.Event()
 
 
 def number(kind, low=None, high=None):
