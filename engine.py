@@ -105,8 +105,8 @@ def train(plan, model, optimizer, scaler, loss_fn, loader, title, end_of_epoch, 
     """Train from plan.start to the end, saving and logging on the way.
 
     Args:
-        model, optimizer, scaler: on the device; their states are restored from plan.state. The scaler is a
-            torch.amp.GradScaler, disabled where there is no fp16.
+        model, optimizer, scaler: on the device; their states are restored from plan.state. The scaler is that of
+            distributed.mixed_precision.
         loss_fn: (model, batch of loader) -> scalar, the mean over the batch.
         loader: data.Loader over plan.batch_keys().
         title: first line of the log.
