@@ -375,12 +375,16 @@ class Samples(torch.utils.data.Dataset):
             try:
                 return *self.source[index], '\n'.join(problems)
             except ValueError as error:
-                path = self.source.path(index)
-                problems.append(f'{path}\t{str(error).removeprefix(f"{path}: ")}'.replace('\n', ' '))
+                problems.append(describe(error, self.source.path(index)))
                 others = others or np.random.default_rng((self.seed, epoch, index))
                 index = int(others.integers(len(self.source)))
         last = problems[-1].replace('\t', ': ')
         raise RunError(f'{tries} images in a row cannot be read; {last}')
+
+
+def describe(error, path):
+    """A line of path, tab, reason, from the error of reading path."""
+    return f'{path}\t{str(error).removeprefix(f"{path}: ")}'.replace('\n', ' ')
 
 
 class BadImages:

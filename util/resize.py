@@ -134,8 +134,7 @@ class Copies(torch.utils.data.Dataset):
             if not os.path.exists(self.path(index)):
                 write(self.path(index), self.encode(self.cover(self.source[index][0])))
         except ValueError as error:
-            name = self.source.path(index)
-            return f'{name}\t{str(error).removeprefix(f"{name}: ")}'.replace('\n', ' '), 0, 0
+            return data.describe(error, self.source.path(index)), 0, 0
         return '', self.source.size(index), os.path.getsize(self.path(index))
 
     def encode(self, image):
