@@ -34,7 +34,7 @@ def get_parser():
     boolean = argparse.BooleanOptionalAction
     add('--norm_pix_loss', action=boolean, default=True, help='standardise each target patch (default: yes)')
     add('--crop', choices=['simple', 'rrc'], default='simple', help="MFF's crop or MAE's (default: %(default)s)")
-    add('--grad_checkpointing', action='store_true', help='less memory: activations are computed twice')
+    add('--grad_checkpointing', action=boolean, default=False, help='less memory: activations are computed twice')
     epochs = number(int, 1)
     add('--eval_every', type=epochs, default=1, help='epochs between validation losses (default: %(default)s)')
     add('--picture_every', type=epochs, default=20, help='epochs between reconstructions (default: %(default)s)')

@@ -274,6 +274,16 @@ def test_compiled_follows_eager(pretrain, flags):
     assert compiled.checkpoint['model'].keys() == eager.checkpoint['model'].keys()
 
 
+def test_compiling_without_a_compiler_is_said(small_run, tmp_path):
+    flags = small_run('run', '--compile')
+    done = command('main_pretrain.py', *flags, CXX='/no/compiler', TORCHINDUCTOR_CACHE_DIR=str(tmp_path / 'cache'))
+    assert done.returncode == 2
+    assert re.search(r'^main_pretrain.py: error: --compile does not work .*; --no-compile [^\n]+$', done.stderr, re.M)
+    assert 'Traceback' not in done.stderr
+    done = command('main_pretrain.py', *flags, '--no-compile', '--epochs', '1', CXX='/no/compiler')
+    assert done.returncode == 0, done.stderr
+
+
 # --- A user's mistakes: one line, exit code 2, before anything is started --------------------------------------
 
 MISTAKES = {

@@ -224,7 +224,7 @@ def add_common_arguments(parser):
         default='auto',
         help='precision of the forward pass; auto: bf16 on a GPU that has it, fp16 on another, none on a CPU',
     )
-    run.add_argument('--compile', action='store_true', help='torch.compile the model')
+    run.add_argument('--compile', action=argparse.BooleanOptionalAction, default=False, help='torch.compile the model')
     run.add_argument(
         '--save_every',
         type=save_interval,

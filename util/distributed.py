@@ -80,14 +80,28 @@ class UnitScaler(torch.amp.GradScaler):
 
 
 def wrap(model, device, compiled=False):
-    """model, compiled if asked for, in DistributedDataParallel if there are several processes."""
+    """model, compiled if asked for, in DistributedDataParallel if there are several processes.
+
+    Raises:
+        InputError: if torch.compile does not work here.
+    """
     if compiled:
+        check_compiler(device)
         model.compile()  # in place: parameter names stay as they are
     if not dist.is_initialized():
         return model
     network = DistributedDataParallel(model, [device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
     network.broadcast_buffers = False  # only BatchNorm's change, and share_buffers copies them where they are used
     return network
+
+
+def check_compiler(device):
+    """Compile a sum; where even that fails, as without a C++ compiler, InputError with the reason."""
+    try:
+        torch.compile(torch.add)(*torch.ones(2, 2, device=device))
+    except Exception as error:
+        reason = ' '.join(str(error).partition('\n\n')[0].split())
+        raise InputError(f'--compile does not work here ({reason}); --no-compile trains without it') from None
 
 
 class StopRequest:
