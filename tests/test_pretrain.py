@@ -274,6 +274,20 @@ def test_compiled_follows_eager(pretrain, flags):
     assert compiled.checkpoint['model'].keys() == eager.checkpoint['model'].keys()
 
 
+@pytest.mark.slow
+def test_nothing_is_compiled_after_the_first_epoch(pretrain):
+    """With validation, whose last batch is smaller, and a picture."""
+    from torch._dynamo.utils import counters
+
+    def graphs(epochs):
+        torch._dynamo.reset()
+        counters.clear()
+        pretrain(f'{epochs} epochs', '--compile', '--epochs', epochs)
+        return counters['stats']['unique_graphs']
+
+    assert graphs('3') == graphs('1') > 1
+
+
 def test_compiling_without_a_compiler_is_said(small_run, tmp_path):
     flags = small_run('run', '--compile')
     done = command('main_pretrain.py', *flags, CXX='/no/compiler', TORCHINDUCTOR_CACHE_DIR=str(tmp_path / 'cache'))
