@@ -7,8 +7,8 @@
 The released recipe changes MAE's crop together with the fusion. Here each is changed alone: {MAE, MFF} x {simple
 crop, random resized crop} x seeds, pre-trained by main_pretrain.py, then probed, fine-tuned, and classified by
 nearest neighbours at checkpoints on the way, by the recipes cifar10_*.txt. --grid choices compares the paper's
-design choices instead. Whatever was done is not repeated: the same line goes on. In --output_dir: table.md,
-results.json, curves.png, convergence.png, fusion.png, and a folder a run, of about 0.7 GB each (the tiny model).
+design choices instead. Whatever was done is not repeated: the same line goes on. In --output_dir a folder a run, of
+about 0.7 GB each (the tiny model), and in report_GRID table.md, results.json, curves.png, convergence.png, fusion.png.
 """
 
 import json
@@ -90,7 +90,8 @@ def main(args):
             pool.shutdown(wait=False, cancel_futures=True)
             processes.stop()
             raise
-    print(write_report(args.output_dir, describe(args), [results[name] for name in names], PAIRS[args.grid]))
+    folder = os.path.join(args.output_dir, f'report_{args.grid}')
+    print(write_report(folder, describe(args), [results[name] for name in names], PAIRS[args.grid]))
 
 
 def describe(args):
@@ -100,6 +101,8 @@ def describe(args):
         f'`{command}`\n\nTiny model. Pre-training: {args.images or "all"} images, {args.epochs} epochs. Labelled: '
         f'{args.labelled or "all"} images; probe {args.probe_epochs} epochs, fine-tuning {args.finetune_epochs}. '
         f'Measured on {args.val_images or "all"} validation images. Seeds: {args.seeds}.'
+        + ' The validation loss of PixMIM is that of another target.'
+        * (args.grid == 'choices')
     )
 
 
@@ -112,7 +115,7 @@ def prepare(args):
     Raises:
         InputError: if --output_dir holds runs of other flags, or there are no labelled images.
     """
-    free = {'grid', 'seeds', 'jobs', 'output_dir', 'data_path'}
+    free = {'grid', 'seeds', 'jobs', 'output_dir'}
     settings = {name: value for name, value in vars(args).items() if name not in free}
     path = os.path.join(args.output_dir, 'settings.json')
     os.makedirs(args.output_dir, exist_ok=True)

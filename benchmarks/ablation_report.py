@@ -5,19 +5,22 @@ import os
 import statistics
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from util import log
 
+COLOURS = [*colormaps['tab20'].colors[::2], *colormaps['tab20'].colors[1::2]]  # the usual ten, and ten light ones
 MEASURES = {'loss': 'validation loss', 'knn': '20-NN', 'linprobe': 'linear probe', 'finetune': 'fine-tuning'}
 
 
 def write_report(output_dir, head, results, pairs):
-    """Write table.md, results.json, curves.png, convergence.png and fusion.png; returns the table.
+    """Write table.md, results.json, curves.png, convergence.png and fusion.png into a folder; returns the table.
 
     head: its first lines. results: dicts of a run each, as ablation.train_and_measure returns. pairs: variants to
     compare seed by seed.
     """
+    os.makedirs(output_dir, exist_ok=True)
     table = f'{head}\n\n{make_table(results, pairs)}'
     for name, text in (('table.md', table), ('results.json', json.dumps(results, indent=2))):
         with open(os.path.join(output_dir, name), 'w') as file:
@@ -54,11 +57,13 @@ def make_table(results, pairs):
     for ours, theirs in pairs:
         both = sorted(seeds[ours].keys() & seeds[theirs].keys())
         needed = [epochs_to_reach(curve(seeds[ours][s]), seeds[theirs][s]['knn']) for s in both]
-        reached = [epochs for epochs in needed if epochs is not None]
-        epochs = f'after {in_words(reached, "", 1)} of {seeds[ours][both[0]]["epochs"]} epochs' if reached else 'not'
+        in_order = ', '.join('never' if epochs is None else epochs for epochs in needed)
         lines.append(
-            f'- {ours} reaches the final 20-NN accuracy of {theirs} {epochs} (in {len(reached)} of {len(both)} seeds)'
+            f'- Epochs until {ours} reaches the final 20-NN accuracy of {theirs}, seed by seed: {in_order}, '
+            f'of {seeds[ours][both[0]]["epochs"]}'
         )
+    if pairs:
+        lines += ['', 'Between the points of convergence.png in straight lines; all but the last are in mid-schedule.']
     return '\n'.join(lines)
 
 
@@ -80,17 +85,17 @@ def curve(result):
 
 
 def epochs_to_reach(points, accuracy):
-    """Epochs at which the broken line through points first has this accuracy; None if never.
+    """Epochs, in words, at which the broken line through points first has this accuracy; None if never.
 
-    The first point's, which is then an upper bound, if it is already there.
+    'at most' those of the first point, if it is already there.
     """
     before = None
     for epochs, value in points:
         if value >= accuracy:
             if before is None:
-                return float(epochs)
+                return f'at most {epochs}'
             share = (accuracy - before[1]) / (value - before[1])
-            return before[0] + share * (epochs - before[0])
+            return f'{before[0] + share * (epochs - before[0]):.1f}'
         before = epochs, value
     return None
 
@@ -105,7 +110,7 @@ def loss_figure(results):
                 entry for entry in log.read(os.path.join(result['folder'], 'pretrain/log.jsonl')) if 'loss' in entry
             ]
             points = [(entry['epoch'], entry['loss']) for entry in entries]
-            axes.plot(*zip(*points), f'C{index}', linewidth=0.8, label=None if number_ else name)
+            axes.plot(*zip(*points), color=COLOURS[index], linewidth=0.8, label=None if number_ else name)
     axes.set(xlabel='epoch', ylabel='pre-training loss')
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -116,11 +121,12 @@ def convergence_figure(results):
     """20-NN accuracy against epochs, mean and deviation over seeds: the paper's claim of faster convergence."""
     figure = Figure(figsize=(6, 4), layout='constrained', dpi=100)
     axes = figure.subplots()
-    for name, group in by_variant(results).items():
+    for index, (name, group) in enumerate(by_variant(results).items()):
         epochs, *_ = zip(*curve(group[0]))
         values = np.array([[value for _, value in curve(result)] for result in group])  # (seeds, points)
         deviation = values.std(0, ddof=1) if len(values) > 1 else None
-        axes.errorbar(epochs, values.mean(0), deviation, marker='o', markersize=3, capsize=3, label=name)
+        style = {'color': COLOURS[index], 'marker': 'o', 'markersize': 3, 'capsize': 3}
+        axes.errorbar(epochs, values.mean(0), deviation, label=name, **style)
     axes.set(xlabel='epochs of pre-training', ylabel='20-nearest-neighbour accuracy, %')
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

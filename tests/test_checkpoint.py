@@ -497,6 +497,7 @@ def test_export_of_pretraining(fuse_layers, size, channels, tmp_path, capsys):
     assert b'secret' not in b''.join(path.read_bytes() for path in folder.rglob('*') if path.is_file())
     card = (folder / 'README.md').read_text()
     assert '| fused blocks | ' + ('11 |' if fuse_layers else '0, 2, 4, 6, 8, 11 |') in card and '2 epochs' in card
+    assert ('(MAE)\n' if fuse_layers else '(MFF)\n') in card and ('mff]' in card) == (not fuse_layers)
 
 
 @pytest.mark.parametrize('global_pool', ['avg', 'token', 'probe'])
@@ -522,6 +523,7 @@ def test_export_of_a_classifier(global_pool, tmp_path):
     assert tuple(classifier.pretrained_cfg['label_names']) == ('cat', 'dog', 'owl')
     assert tuple(classifier.pretrained_cfg['mean']) == (0.1, 0.2, 0.3)
     assert not (folder / 'pretraining/model.safetensors').exists()
+    assert 'pre-trained with' not in (folder / 'README.md').read_text()  # what it started from is not known
 
 
 def test_export_of_a_run(pretrain, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 from huggingface_hub import ModelCard
+from PIL import Image
 from test_model import SMALL, layer_norm, linear, relative
 
 import main_finetune
@@ -213,13 +214,47 @@ def test_commands_draw(pretrain, folder, tmp_path, capsys):
     events = EventAccumulator(str(tmp_path / 'board'))
     events.Reload()
     assert events.Tags()['images'] == ['spectrum']
-    assert features.titles(checkpoints) == ['run/checkpoint-0001', 'run']
     figure = visualize.fusion_figure({'a': {0: 0.25, 11: 0.75}, 'b': {0: 0.5, 5: 0.3, 11: 0.2}})
     heights = [[bar.get_height() for bar in group] for group in figure.axes[0].containers]
     assert heights == [[0.25, 0.75], [0.5, 0.3, 0.2]]
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ['0', '5', '11']
     panels = visualize.spectrum_figure({'a': [torch.randn(2, 3, 4, 4) for _ in range(2)]}).axes
     assert len(panels) == 2 and len(panels[0].lines) == 2 and len(panels[1].lines[0].get_xdata()) == 2
+
+
+def test_titles_tell_apart():
+    for paths, expected in [
+        (['a/run/checkpoint-last.pth'], ['run']),
+        (['a/run/checkpoint-0001.pth', 'a/run/checkpoint-last.pth'], ['checkpoint-0001', 'checkpoint-last']),
+        (['a/mae/pretrain/checkpoint-last.pth', 'a/mff/pretrain/checkpoint-last.pth'], ['mae', 'mff']),
+        (['a/mae/pretrain', 'b/mae/pretrain', 'b/mff/pretrain'], ['a/mae', 'b/mae', 'b/mff']),
+        (['run', 'other/run'], [ROOT.name, 'other']),
+    ]:
+        assert features.titles([str(ROOT / path) for path in paths]) == expected
+
+
+def test_curves_of_folders_of_the_same_name(tmp_path):
+    for name, weights in (('mae', {11: 1.0}), ('mff', {0: 0.25, 11: 0.75})):
+        fusion = {f'fusion/layer_{layer:02d}': weight for layer, weight in weights.items()}
+        write_log(tmp_path / name / 'pretrain', [{'step': 1, 'epoch': 1, 'loss': 0.5, **fusion}])
+    loss, _, final = visualize.curves_figure([str(tmp_path / name / 'pretrain') for name in ('mae', 'mff')]).axes
+    assert [line.get_label() for line in loss.lines] == ['mae, loss', 'mff, loss']
+    assert [[bar.get_height() for bar in group] for group in final.containers] == [[1.0], [0.25, 0.75]]
+
+
+def test_pictures_of_arrays_of_any_range(pretrain, tmp_path):
+    """Floats far outside of 0..1, as --mean and --std allow, and a PNG beside an array."""
+    flags = ['--mean', '100', '100', '100', '--std', '50', '50', '50']
+    np.save(tmp_path / 'wide.npy', np.linspace(0, 200, 16 * 16 * 3, dtype=np.float32).reshape(16, 16, 3))
+    np.save(tmp_path / 'unit.npy', np.full((16, 16, 3), 0.5, dtype=np.float32))
+    Image.new('RGB', (16, 16), (51, 51, 51)).save(tmp_path / 'grey.png')
+    args = main_pretrain.get_parser().parse_args(['--data_path', 'shapes', *flags])
+    imgs = visualize.read_images([str(tmp_path / name) for name in ('unit.npy', 'grey.png')], args, (16, 16))
+    assert imgs.mean((1, 2, 3)).tolist() == pytest.approx([(0.5 - 100) / 50, (0.2 - 100) / 50])
+    imgs = visualize.read_images([str(tmp_path / 'wide.npy')], args, (16, 16))
+    model = features.load_model(str(pretrain('run', '--epochs', '1').output_dir / 'checkpoint-last.pth'))[0]
+    shown = visualize.reconstruction_figure(model, imgs, ([100] * 3, [50] * 3)).axes[0].images[0].get_array()
+    assert (shown.min(), shown.max()) == (0, 1) and shown[8, 8, 0] == pytest.approx(0.5, abs=0.05)
 
 
 # --- The ablation --------------------------------------------------------------------------------------------------
@@ -243,15 +278,16 @@ def test_table_of_known_numbers(tmp_path):
                 | {'knn': 40 + offset + shift, 'linprobe': 50 + shift, 'finetune': 60 - offset * (seed - 1)}
             )
     pairs = [('MFF, simple', 'MAE, simple'), ('not', 'run')]
-    table = ablation_report.write_report(tmp_path, 'the command', results, pairs).splitlines()
+    report = tmp_path / 'report'
+    table = ablation_report.write_report(report, 'the command', results, pairs).splitlines()
     assert table[0] == 'the command'
     assert '| MAE, simple | 0.500 ± 0.000 | 40.0 ± 2.0 | 50.0 ± 2.0 | 60.0 ± 0.0 |' in table
     assert '| MFF, simple | 0.500 ± 0.000 | 43.0 ± 2.0 | 50.0 ± 2.0 | 60.0 ± 3.0 |' in table
     assert '| MFF, simple less MAE, simple | +0.000 ± 0.000 | +3.0 ± 0.0 | +0.0 ± 0.0 | +0.0 ± 3.0 |' in table
-    # From (2, 30) to (4, 43 + shift), up to 40 + shift: 2 + 2 * (10 + shift) / (13 + shift), the mean of 3.4545 to 3.6
-    assert table[-1].endswith('MAE, simple after 3.5 ± 0.1 of 4 epochs (in 3 of 3 seeds)')
-    assert json.loads((tmp_path / 'results.json').read_text()) == results
-    assert {path.name for path in tmp_path.glob('*.png')} == {'curves.png', 'convergence.png', 'fusion.png'}
+    # From (2, 30) to (4, 43 + shift), up to 40 + shift: 2 + 2 * (10 + shift) / (13 + shift)
+    assert table[-3].endswith('MAE, simple, seed by seed: 3.5, 3.5, 3.6, of 4')
+    assert json.loads((report / 'results.json').read_text()) == results
+    assert {path.name for path in report.glob('*.png')} == {'curves.png', 'convergence.png', 'fusion.png'}
     assert len(ablation_report.loss_figure(results).axes[0].lines) == 6
     (panel,) = ablation_report.fusion_figure(results).axes
     assert panel.get_title() == 'MFF, simple' and len(panel.lines) == 6
@@ -264,7 +300,7 @@ def test_table_of_known_numbers(tmp_path):
 def test_epochs_to_reach():
     points = [(2, 30.0), (4, 40.0), (6, 38.0)]
     needed = [ablation_report.epochs_to_reach(points, accuracy) for accuracy in (20, 30, 35, 39, 40, 41)]
-    assert needed == [2, 2, 3, pytest.approx(3.8), 4, None]
+    assert needed == ['at most 2', 'at most 2', '3.0', '3.8', '4.0', None]
 
 
 class FakeMains:
@@ -339,13 +375,13 @@ def test_ablation_goes_on_after_a_kill(tmp_path):
     process.send_signal(signal.SIGTERM)
     process.wait(60)
     done = {path: path.read_text() for path in tmp_path.rglob('result.json')}
-    assert done and not (tmp_path / 'table.md').exists()
+    assert done and not (tmp_path / 'report_fusion').exists()
     began = time.time()
     again = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert first not in again.stdout and again.stdout.count(': loss ') == 4 - len(done)
     for path in done:  # pre-training was not repeated
         assert (path.parent / 'pretrain/checkpoint-last.pth').stat().st_mtime < began
-    table = (tmp_path / 'table.md').read_text()
+    table = (tmp_path / 'report_fusion/table.md').read_text()
     assert all(f'| {name}' in table for name in ('MAE, simple', 'MFF, rrc', 'MFF, rrc less MAE, rrc'))
-    assert (tmp_path / 'fusion.png').exists()
+    assert (tmp_path / 'report_fusion/fusion.png').exists()

@@ -153,13 +153,25 @@ def model_card(name, flags, state, config):
     """README.md: what the weights are, and how to load them."""
     num_classes, pretraining = config['num_classes'], 'decoder_embed.weight' in state['model']
     channels, height, width = config['pretrained_cfg']['input_size']
+    fused = flags.get('fuse_layers') or defaults(name)['fuse_layers']
+    if not pretraining:
+        tags, title = ['timm'], f'Classifier {name}'
+        method = 'Trained with a PyTorch implementation of MFF, which is cited below.'
+    elif len(fused) > 1:
+        tags = ['timm', 'masked-image-modeling', 'mff']
+        title = f'Encoder {name}, pre-trained with multi-level feature fusion (MFF)'
+        method = 'Method: [arXiv 2308.00261](https://arxiv.org/abs/2308.00261), cited below.'
+    else:
+        tags = ['timm', 'masked-image-modeling']
+        title = f'Encoder {name}, pre-trained as a masked autoencoder (MAE)'
+        method = 'Method: [arXiv 2111.06377](https://arxiv.org/abs/2111.06377), without the fusion of MFF, cited below.'
     rows = {
         'architecture': f'{name}, {config["num_features"]} wide, {config["model_args"]["depth"]} blocks',
         'input': f'{channels} x {height} x {width}, mean {flatten(config["pretrained_cfg"]["mean"])}, '
         f'std {flatten(config["pretrained_cfg"]["std"])}',
         'trained': f'{state.get("epoch", "?")} epochs, {state.get("step", "?")} steps',
         'classes': num_classes or None,
-        'fused blocks': flatten(flags.get('fuse_layers') or defaults(name)['fuse_layers']) if pretraining else None,
+        'fused blocks': flatten(fused) if pretraining else None,
         'mask ratio': flags.get('mask_ratio'),
         **{
             choice: flags.get(choice) for choice, usual in design_choices.DEFAULTS.items() if flags.get(choice) != usual
@@ -167,18 +179,17 @@ def model_card(name, flags, state, config):
         'training images': state.get('num_images'),
         'top-1, validation images': f'{state["best_top1"]:.2f} %' if state.get('best_top1', -1) >= 0 else None,
     }
-    kind = 'Classifier' if num_classes else 'Encoder'
     output = f'logits (1, {num_classes})' if num_classes else f'class token (1, {config["num_features"]})'
     lines = [
         '---',
         'license: unknown  # of the weights: choose, with the data in mind',
         'library_name: timm',
         f'pipeline_tag: {"image-classification" if num_classes else "image-feature-extraction"}',
-        'tags: [timm, masked-image-modeling, mff]',
+        f'tags: [{", ".join(tags)}]',
         '---',
-        f'# {kind} {name}, pre-trained with multi-level feature fusion (MFF)',
+        f'# {title}',
         '',
-        'Method: [arXiv 2308.00261](https://arxiv.org/abs/2308.00261), cited below.',
+        method,
         '',
         '| | |',
         '|---|---|',
@@ -199,6 +210,7 @@ def model_card(name, flags, state, config):
         ]
     lines += [
         *('', '## To fill in', ''),
+        *([] if pretraining else ['- The weights that it started from, and how these were pre-trained.']),
         '- Training data: its name, source and licence, and who or what it leaves out.',
         '- Intended use, and uses that are out of scope.',
         '- Results on data of your own, with the number of runs; known failures and biases.',

@@ -63,12 +63,21 @@ def new_encoder(flags, global_pool='token'):
 
 
 def titles(paths):
-    """Short names for checkpoints: folder and file, only the folder for checkpoint-last.pth; the paths if any clash."""
-    short = []
-    for path in paths:
-        folder, name = os.path.split(os.path.abspath(path))
-        short.append('/'.join([os.path.basename(folder)] + [os.path.splitext(name)[0]] * (name != checkpoint.LAST)))
-    return short if len(set(short)) == len(short) else list(paths)
+    """What tells checkpoints or folders apart: the ends of their paths, without a last part that all share.
+
+    One checkpoint, or several that are all checkpoint-last.pth, go by their folders.
+    """
+    parts = [os.path.abspath(path).removesuffix('.pth').split(os.sep) for path in paths]
+    last = os.path.splitext(checkpoint.LAST)[0]
+    if all(part[-1] == last for part in parts):
+        parts = [part[:-1] for part in parts]
+    for length in range(1, max(map(len, parts)) + 1):
+        ends = [tuple(part[-length:]) for part in parts]
+        if len(set(ends)) == len(ends):
+            break
+    while min(map(len, ends)) > 1 and len({end[-1] for end in ends}) == 1:
+        ends = [end[:-1] for end in ends]
+    return list(map(os.sep.join, ends))
 
 
 # --- Features -----------------------------------------------------------------------------------------------------
@@ -84,10 +93,10 @@ def block_features(encoder, imgs, batch_size=64):
 def relative_log_amplitude(maps):
     """Log amplitude of the Fourier transform of maps (N, D, h, w) by frequency, less that of frequency zero.
 
-    The mean over images and channels of log |FFT2|, along the diagonal from zero to the highest frequency, pi, of
-    the largest square: (1 + min(h, w) // 2,). 0 at frequency zero by definition; the lower the end, the less fine
-    detail. Park and Kim, "How Do Vision Transformers Work?" (arXiv 2202.06709), Fourier analysis of feature maps; the
-    MFF paper analyses its features by frequency in the same way.
+    The mean over images and channels of log |FFT2|, along the diagonal of the largest square, of side s = min(h, w), at
+    the frequencies 2 pi k / s from zero to the highest, pi where s is even: (1 + s // 2,). 0 at frequency zero by
+    definition; the lower the end, the less fine detail. Park and Kim, "How Do Vision Transformers Work?"
+    (arXiv 2202.06709), Fourier analysis of feature maps; the MFF paper's analysis by frequency is of this kind.
     """
     side = min(maps.shape[-2:])
     amplitude = torch.fft.fft2(maps[..., :side, :side].double()).abs()
@@ -97,7 +106,7 @@ def relative_log_amplitude(maps):
 
 
 def spectrum_figure(features):
-    """Figure of the relative log amplitude by frequency and block, checkpoints side by side, and at pi by block.
+    """Figure of the relative log amplitude by frequency and block, checkpoints side by side, and the highest by block.
 
     features: {title: list of (N, D, h, w), a block each}, as block_features gives them. The MFF paper's analysis of
     MAE's and MFF's features by frequency; the last panel is Park and Kim's high-frequency amplitude by depth.
@@ -106,8 +115,8 @@ def spectrum_figure(features):
     *axes, last = figure.subplots(1, len(features) + 1, sharey=True)
     for panel, (title, blocks) in zip(axes, features.items()):
         curves = [relative_log_amplitude(maps) for maps in blocks]
+        frequency = 2 * torch.arange(len(curves[0])) / min(blocks[0].shape[-2:])
         for depth, curve in enumerate(curves):
-            frequency = torch.linspace(0, 1, len(curve))
             panel.plot(frequency, curve, color=colormaps['viridis'](depth / len(curves)), label=f'block {depth}')
         panel.set(title=title, xlabel='frequency / π')
         last.plot([curve[-1] for curve in curves], 'o-', markersize=3, label=title)

@@ -44,12 +44,15 @@ def reconstruction_figure(model, imgs, statistics, mask_ratio=0.75, noise=None):
         **dict(zip(['masked', 'reconstruction', 'with visible patches'], reconstruct(model, imgs, mask_ratio, noise))),
     }
     mean, std = (torch.as_tensor(values).view(-1, 1, 1) for values in statistics)
+    inputs = imgs.float().cpu() * std + mean
+    low, high = inputs.min().clamp(max=0), inputs.max().clamp(min=1)  # 0 and 1, but for arrays of another range
     aspect = imgs.shape[2] / imgs.shape[3]
     figure = Figure(figsize=(7, 1.75 * aspect * len(imgs) + 0.7), layout='constrained', dpi=100)
     axes = figure.subplots(len(imgs), len(columns), squeeze=False)
     for column, (title, pictures) in enumerate(columns.items()):
         axes[0, column].set_title(title, fontsize=10)
-        for row, picture in enumerate((pictures.float().cpu() * std + mean).numpy()):
+        shades = (pictures.float().cpu() * std + mean - low) / (high - low)
+        for row, picture in enumerate(shades.numpy()):
             grey = picture.shape[0] != 3
             shown = picture.mean(0) if grey else picture.transpose(1, 2, 0)
             axes[row, column].imshow(shown.clip(0, 1), cmap='gray' if grey else None, vmin=0, vmax=1)
@@ -74,8 +77,7 @@ def curves_figure(output_dirs):
     figure = Figure(figsize=(12, 3.5), layout='constrained', dpi=100)
     loss_axes, weight_axes, final_axes = figure.subplots(1, 3)
     labelled, final = set(), {}
-    for run_index, output_dir in enumerate(output_dirs):
-        title = os.path.basename(os.path.abspath(output_dir))
+    for run_index, (title, output_dir) in enumerate(zip(titles(output_dirs), output_dirs)):
         entries = [entry for entry in log.read(os.path.join(output_dir, 'log.jsonl')) if 'step' in entry]
         for name in sorted({name for entry in entries for name in entry}):
             points = [(entry['epoch'], entry[name]) for entry in entries if name in entry]
@@ -121,8 +123,9 @@ def draw_fusion_weights(axes, weights):
 def read_images(paths, flags, size):
     """Images as the model of a run with these flags takes them: (N, C, H, W), normalised. Raises InputError."""
     transform = transforms.centre_transform(size)
-    images = [transform(transforms.read_given_image(path, flags.in_chans)) for path in paths]
-    return transforms.normalise(torch.stack(images), *transforms.pixel_statistics(flags))
+    images = [transform(transforms.read_given_image(path, flags.in_chans)).unsqueeze(0) for path in paths]
+    statistics = transforms.pixel_statistics(flags)
+    return torch.cat([transforms.normalise(image, *statistics) for image in images])  # some may be uint8, some float
 
 
 # --- Command: one function a figure -------------------------------------------------------------------------------
