@@ -190,7 +190,7 @@ def train_one_epoch(plan, model, batches, loss_fn, optimizer, scaler, steps, log
         norms.append(get_total_norm([p.grad for p in parameters]))  # after summing: the same on all processes
         if args.clip_grad:
             clip_grads_with_norm_(parameters, args.clip_grad, norms[-1])
-        scaler.step(optimizer)  # unless a gradient is not finite
+        scaler.step(optimizer)  # unless a gradient is not finite; LARS, unlike AdamW, waits for the device to know
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         log.advance()

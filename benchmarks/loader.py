@@ -56,6 +56,7 @@ def main(args):
         )
         if not isinstance(source, data.ImageFiles):
             raise InputError(f'{args.data_path}: the plain pipeline needs images in files')
+        print(difference(source, resized), flush=True)
         rounds = {(crop, workers): [] for crop in args.crops for workers in [0, *args.workers]}
         for number_of_round, (crop, workers) in itertools.product(range(args.rounds), rounds):
             rates, samples = (
@@ -68,6 +69,15 @@ def main(args):
             print(crop, by(workers), {name: round(rate) for name, rate in rates.items()}, flush=True)
     named = {f'{crop}, {by(workers)}': results for (crop, workers), results in rounds.items()}
     report.publish(args.out, str(device), summarise(rounds), named)
+
+
+def difference(source, resized, count=300):
+    """A line: how the pixels of a copy differ from those that --crop simple makes of the first images of its source."""
+    cover = transforms.Cover((SIDE, SIDE))
+    pairs = [(cover(source[index][0]), resized[index][0]) for index in range(min(count, len(source)))]
+    differences = torch.cat([(ours.float() - copied).flatten() for ours, copied in pairs])
+    mean, square = differences.abs().mean(), differences.square().mean()
+    return f'pixels of the copy: mean difference {mean:.3g} of 255, root mean square {square.sqrt():.3g}'
 
 
 def by(workers):

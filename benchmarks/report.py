@@ -23,7 +23,7 @@ def environment(device):
     cpu = f'{next(iter(model.values())).strip()}, {torch.get_num_threads()} of {os.cpu_count()} cores'
     return {
         'command': shlex.join(['python', '-m', f'benchmarks.{Path(sys.argv[0]).stem}', *sys.argv[1:]]),
-        'device': torch.cuda.get_device_name(device) if device.startswith('cuda') else cpu,
+        'device': f'{torch.cuda.get_device_name(device)}; {cpu}' if device.startswith('cuda') else cpu,
         'versions': f'Python {platform.python_version()}, torch {torch.__version__}, torchvision '
         f'{torchvision.__version__}, timm {timm.__version__}, Pillow {PIL.__version__}',
         'date': f'{datetime.date.today()}',

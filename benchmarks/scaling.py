@@ -1,6 +1,6 @@
 """Strong scaling: the same total batch on more and more processes, and what synchronising the gradients costs.
 
-    python -m benchmarks.scaling --processes 1 2 4 8                                  # GPUs, or CPU processes
+    python -m benchmarks.scaling --processes 1 2 4 8                                  # GPUs
     python -m benchmarks.scaling --processes 1 2 --model tiny --device cpu --threads 1
 
 Each number of processes is started by torchrun as main_pretrain.py is. A step is one optimiser step on the total
@@ -29,9 +29,9 @@ def get_parser():
     add, count = parser.add_argument, number(int, 1)
     add('--processes', type=count, nargs='+', default=[1, 2], help='(default: 1 2)')
     add('--model', choices=SIZES, default='base', help='(default: %(default)s)')
-    add('--total_batch_size', type=count, default=32, help='(default: %(default)s)')
+    add('--total_batch_size', type=count, help='(default: 256 for each of the most on GPUs, else 32)')
     add('--batch_size', type=count, help='images on one device at a time (default: what each of the most gets)')
-    add('--steps', type=count, default=2, help='timed optimiser steps of a round (default: %(default)s)')
+    add('--steps', type=count, help='timed optimiser steps of a round, after two that are not (default: 20 or 2)')
     add('--rounds', type=count, default=5, help='(default: %(default)s)')
     add('--device', default='auto', help='cuda or cpu (default: the first of them that is there)')
     add('--amp', choices=['auto', 'bf16', 'fp16', 'none'], default='auto', help='as of main_pretrain.py')
@@ -42,6 +42,10 @@ def get_parser():
 
 
 def main(args):
+    args.device = distributed.choose_device(args.device)
+    on_gpu = args.device.startswith('cuda')
+    args.total_batch_size = args.total_batch_size or (256 * max(args.processes) if on_gpu else 32)
+    args.steps = args.steps or (20 if on_gpu else 2)
     if 'TORCHELASTIC_RUN_ID' in os.environ:
         return work(args)
     rounds = {processes: [] for processes in args.processes}
@@ -51,8 +55,7 @@ def main(args):
         for processes, results in rounds.items():
             results.append(launch(processes, args))
             print(f'{processes} processes: {json.dumps(results[-1])}', flush=True)
-    device = distributed.choose_device(args.device)
-    report.publish(args.out, device, summarise(rounds, args.total_batch_size * args.steps), rounds)
+    report.publish(args.out, args.device, summarise(rounds, args.total_batch_size * args.steps), rounds)
 
 
 def batch_size(args):
@@ -76,13 +79,14 @@ def launch(processes, args):
 def work(args):
     """One of the processes: the first prints what launch returns."""
     rank, world_size = distributed.world()
-    device = distributed.start(distributed.choose_device(args.device))
+    device = distributed.start(args.device)
     batch, accumulation = data.split_batch(args.total_batch_size, batch_size(args), world_size)
     step = our_step(args.model, device, args.amp, args.compile)
     imgs = torch.randn(batch, 3, *model_of_size(args.model).patch_embed.img_size, device=device)
     seconds = {}
     for name, together in (('synchronised', True), ('not', False)):
-        step(imgs, accumulation, together)  # warm-up
+        for _ in range(2):  # warm-up; DistributedDataParallel orders its buckets anew in the second
+            step(imgs, accumulation, together)
         distributed.check_equal(0, 'nothing: a barrier')
         synchronise(device)
         began = time.perf_counter()

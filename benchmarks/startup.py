@@ -4,6 +4,7 @@ python -m benchmarks.startup                                                    
 python -m benchmarks.startup @recipes/one_gpu_pretrain.txt --data_path IMAGES      # any flags of main_pretrain.py
 """
 
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -17,11 +18,11 @@ ROUNDS = 5
 
 
 def main(flags):
-    stages = {'import torch': ['-c', 'import torch'], 'import main_pretrain': ['-c', 'import main_pretrain']}
     rounds = {}
     for _ in range(ROUNDS):
-        for stage, arguments in stages.items():
-            rounds.setdefault(stage, []).append(seconds(arguments))
+        for module in ('torch', 'main_pretrain'):
+            importing = ['-c', f'import {module}; print("imported", flush=True)']
+            rounds.setdefault(f'import {module}', []).append(seconds(importing, until='imported'))
         with tempfile.TemporaryDirectory() as folder:
             training = ['main_pretrain.py', *flags, '--log_every', '1', '--output_dir', folder]
             rounds.setdefault('first step', []).append(seconds(training, until='step 1/'))
@@ -29,21 +30,20 @@ def main(flags):
     report.publish(None, distributed.choose_device('auto'), rows, rounds)
 
 
-def seconds(arguments, until=None):
-    """From starting Python with arguments to the first line with `until`, where it is stopped, or to its end."""
-    began = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, *arguments], cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True
-    )
-    with process:
-        found = any(until and until in line for line in process.stdout)  # to its end without `until`
-        elapsed = time.perf_counter() - began
-        if found:
-            process.terminate()
-        process.communicate()  # to the end: what it still has to say needs a reader
-    if until and not found or not until and process.returncode:
-        raise SystemExit(f'{arguments} failed')
-    return elapsed
+def seconds(arguments, until):
+    """From starting Python with arguments to the first line with `until`, where it is stopped."""
+    began, lines = time.perf_counter(), []
+    command = [sys.executable, *arguments]
+    output = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}  # no terminal, so lines are printed
+    with subprocess.Popen(command, cwd=Path(__file__).parent.parent, **output) as process:
+        for line in process.stdout:
+            lines.append(line)
+            if until in line:
+                elapsed = time.perf_counter() - began
+                process.terminate()
+                process.communicate()  # to the end: what it still has to say needs a reader
+                return elapsed
+    raise SystemExit(f'{shlex.join(command)} ended before "{until}": {"".join(lines[-3:]).strip()}')
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
 """Speed and memory of a pre-training step, side by side with mmpretrain's MFF.
 
     python -m benchmarks.step                                     # ViT-B on this machine's GPU (bf16) or CPU (fp32)
-    python -m benchmarks.step --models small base large --out output/step
+    python -m benchmarks.step --models small base large --out output/step    # on a GPU with mmpretrain's fp16, too
     python -m benchmarks.step --profile                           # what takes the time
 
 A step is forward, backward and optimiser on a batch that lies on the device, normalised; both sides draw the mask
@@ -29,7 +29,7 @@ import torch
 from benchmarks import report
 from models_mff import MODELS, create_model
 from util import distributed, optim
-from util.args import ArgumentParser, number, run
+from util.args import ArgumentParser, RunError, number, run
 from util.weights import convert_state_dict
 
 SIZES = [name.removeprefix('mff_vit_').rsplit('_', 1)[0] for name in MODELS]
@@ -41,7 +41,7 @@ def get_parser():
     parser = ArgumentParser(__doc__.splitlines()[0])
     add, count = parser.add_argument, number(int, 1)
     add('--models', nargs='+', choices=SIZES, default=['base'], help='(default: base)')
-    add('--variants', nargs='+', choices=VARIANTS, help='(default: mff mff+compile mmpretrain)')
+    add('--variants', nargs='+', choices=VARIANTS, help='(default: mff mff+compile mmpretrain, on a GPU all)')
     add('--batch_size', type=count, help='(default: 256 on a GPU, 16 elsewhere)')
     add('--steps', type=count, help='timed steps of a round, after one that is not (default: 20 on a GPU, else 2)')
     add('--rounds', type=count, default=5, help='(default: %(default)s)')
@@ -57,7 +57,7 @@ def main(args):
     on_gpu = device.startswith('cuda')
     args.batch_size = args.batch_size or (256 if on_gpu else 16)
     args.steps = args.steps or (20 if on_gpu else 2)
-    variants = args.variants or ['mff', 'mff+compile', 'mmpretrain']
+    variants = args.variants or [name for name in VARIANTS if on_gpu or name in ('mff', 'mff+compile', 'mmpretrain')]
     if args.profile:
         return profile(variants[0], args.models[0], device, args)
     if importlib.util.find_spec('mmpretrain') is None:
@@ -69,6 +69,8 @@ def main(args):
             with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
                 print(pool.submit(check_peer, size).result(), flush=True)
         rates, memory = measure(variants, size, device, args)
+        if not memory.keys() - {'product'}:
+            raise RunError(f'{size}: every variant failed; the reasons are above')
         rows += summarise(size, rates, memory)
         rounds[size] = {'rates': rates, 'memory': memory}
     report.publish(args.out, device, rows, rounds)
@@ -141,8 +143,8 @@ VARIANTS = {
     'mmpretrain': (peer_step, {}),
     'mmpretrain+compile': (peer_step, {'compiled': True}),
     'mmpretrain+fp16': (peer_step, {'amp': 'fp16'}),  # its recipe's
-    'product': (product_step, {}),
 }
+CEILING = 'product'  # a variant that is always measured
 
 
 def model_of_size(size):
@@ -241,14 +243,14 @@ def forward_flops(model, mask_ratio=0.75):
 
 
 def measure(variants, size, device, args):
-    """({variant: images/s of each round}, {variant: peak memory in GiB}); of 'product', FLOP/s. Failed ones are not in.
+    """({variant: images/s of each round}, {variant: peak memory in GiB}); of CEILING, FLOP/s. Failed ones are not in.
 
     Memory is what PyTorch allocated on a GPU; on a CPU the peak of the process less its peak before the model was
     built.
     """
     context = multiprocessing.get_context('spawn')
     pipes, rates, memory = {}, {}, {}
-    for variant in [*variants, 'product']:
+    for variant in [*variants, CEILING]:
         pipe, other = context.Pipe()
         process = context.Process(target=serve, args=(other, variant, size, device, args.amp, args.batch_size))
         process.start()
@@ -260,7 +262,7 @@ def measure(variants, size, device, args):
         for variant in list(pipes)[:: -1 if number_of_round % 2 else 1]:
             seconds = ask(pipes, variant, args.steps)
             if seconds:
-                work = PRODUCTS * 2 * product_side(device) ** 3 if variant == 'product' else args.batch_size
+                work = PRODUCTS * 2 * product_side(device) ** 3 if variant == CEILING else args.batch_size
                 rates.setdefault(variant, []).append(work * args.steps / seconds)
                 print(f'{size}, {variant}: {rates[variant][-1]:.4g} /s', flush=True)
     for variant in list(pipes):
@@ -273,7 +275,7 @@ def ask(pipes, variant, question):
     try:
         pipes[variant].send(question)
         return pipes[variant].recv()
-    except (EOFError, BrokenPipeError):
+    except (EOFError, OSError):
         print(f'{variant} failed and is left out', flush=True)
         del pipes[variant]
 
@@ -281,7 +283,7 @@ def ask(pipes, variant, question):
 def serve(pipe, variant, size, device, amp, batch_size):
     """A process of measure: answers each number of steps with their seconds, None with its peak memory, and ends."""
     device = distributed.start(device)
-    build, options = VARIANTS[variant]
+    build, options = VARIANTS.get(variant, (product_step, {}))
     if variant.startswith('mmpretrain'):
         import_peer()  # not part of the memory of a step
     before = peak_memory(device)
@@ -313,26 +315,23 @@ def peak_memory(device):
 
 
 def summarise(size, rates, memory):
-    """Rows of the table: first the ratios to mmpretrain, or to the first variant, round by round."""
+    """Rows of the table: first the ratios to mmpretrain, in each of its precisions, or to the first variant."""
     with torch.device('meta'):
         flops = 3 * forward_flops(model_of_size(size))
-    variants = [variant for variant in rates if variant != 'product']
-    base = 'mmpretrain' if 'mmpretrain' in rates else variants[0]
+    variants = [variant for variant in rates if variant != CEILING]
+    bases = [variant for variant in ('mmpretrain', 'mmpretrain+fp16') if variant in rates] or variants[:1]
     rows = []
     for variant in variants:
-        ours, theirs, ceiling = rates[variant], rates[base], rates['product']
-        rows.append(
-            {
-                'model': size,
-                'variant': variant,
-                f'speed : {base}': report.spread([a / b for a, b in zip(ours, theirs)]),
-                f'memory : {base}': f'{memory[variant] / memory[base]:.3g}' if memory[base] else '-',
-                'images/s': report.spread(ours),
-                'peak memory, GiB': f'{memory[variant]:.3g}',
-                'of the matrix product': f'{median(flops * a / b for a, b in zip(ours, ceiling)):.1%}',
-                'matrix product, TFLOP/s': report.spread([rate / 1e12 for rate in ceiling]),
-            }
-        )
+        row = {'model': size, 'variant': variant}
+        for base in bases:
+            row[f'speed : {base}'] = report.spread([a / b for a, b in zip(rates[variant], rates[base])])
+            row[f'memory : {base}'] = f'{memory[variant] / memory[base]:.3g}' if memory[base] else '-'
+        row |= {'images/s': report.spread(rates[variant]), 'peak memory, GiB': f'{memory[variant]:.3g}'}
+        if CEILING in rates:
+            shares = [flops * rate / most for rate, most in zip(rates[variant], rates[CEILING])]
+            row['of the matrix product'] = f'{median(shares):.1%}'
+            row['matrix product, TFLOP/s'] = report.spread([rate / 1e12 for rate in rates[CEILING]])
+        rows.append(row)
     return rows
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import loader, report, scaling, step
+from benchmarks import listing, loader, report, scaling, startup, step
 from models_mff import create_model
 from util import data
 from util.args import run
@@ -46,6 +46,12 @@ def test_table_of_steps():
     assert rows[0]['images/s'] == '30 (20 to 36)'
     share = float(rows[0]['of the matrix product'].rstrip('%')) / 100
     assert share == pytest.approx(59.6e9 * 30 / 2e12, rel=0.01)  # the middle of the three rounds
+    half = step.summarise(
+        'base', rates | {'mmpretrain+fp16': [40.0] * 3}, dict.fromkeys(rates, 1) | {'mmpretrain+fp16': 3}
+    )
+    assert half[0]['speed : mmpretrain+fp16'] == '0.75 (0.5 to 0.9)' and half[0]['memory : mmpretrain+fp16'] == '0.333'
+    without = step.summarise('base', {'mff': rates['mff']}, {'mff': 1.5})  # where the product failed
+    assert 'of the matrix product' not in without[0]
     alone = step.summarise('base', {name: rates[name] for name in ('mff', 'product')}, {'mff': 1.5})
     assert alone[0]['speed : mff'] == '1 (1 to 1)'
 
@@ -109,6 +115,23 @@ def test_scaling_runs(benchmark, tmp_path):
     assert all(seconds > 0 for seconds in result['rounds']['2'][0].values())
 
 
+def test_listing_runs(monkeypatch, tmp_path):
+    flags = f'--files 2500 --workers 1 --images 50 --rounds 1 --place {tmp_path} --out {tmp_path}/out'.split()
+    listing.main(listing.get_parser().parse_args(flags))
+    table = json.loads((tmp_path / 'out.json').read_text())['table']
+    assert [row['by'] for row in table] == ['ImageFolder', 'ours', 'ours, kept']
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []  # the files are deleted
+
+
+def test_startup_runs(monkeypatch, capsys):
+    monkeypatch.setattr(startup, 'ROUNDS', 1)
+    startup.main(['@recipes/demo_pretrain.txt', '--total_batch_size', '2', '--num_workers', '0', '--device', 'cpu'])
+    printed = capsys.readouterr().out
+    assert all(f'| {stage} |' in printed for stage in ('import torch', 'import main_pretrain', 'first step'))
+    with pytest.raises(SystemExit, match='"step 1/": .*no such folder'):
+        startup.seconds(['main_pretrain.py', '--data_path', 'nowhere'], until='step 1/')
+
+
 @pytest.mark.parametrize('crop', ['simple', 'rrc'])
 def test_plain_pipeline_gives_what_ours_does(crop, folder):
     """Both crop the same images in the same way: over many draws they have the same mean and deviation."""
@@ -123,7 +146,7 @@ def test_plain_pipeline_gives_what_ours_does(crop, folder):
 
 def test_loader_runs(benchmark, folder, tmp_path):
     flags = f'--data_path {folder} --crops simple --workers 1 --batch_size 8 --images 8 --rounds 2'
-    benchmark(loader, flags)
+    assert 'mean difference 0.' in benchmark(loader, flags)  # drawn shapes lose little to JPEG
     result = json.loads((tmp_path / 'out.json').read_text())
     assert [row['by'] for row in result['table']] == ['one core', '1 worker']
     assert all(rate > 0 for turns in result['rounds'].values() for turn in turns for rate in turn.values())

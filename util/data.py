@@ -13,6 +13,7 @@ import fcntl
 import os
 import random
 import signal
+import sys
 import time
 import urllib.error
 
@@ -508,10 +509,9 @@ class Loader:
         self.batches = torch.utils.data.DataLoader(
             samples,
             batch_sampler=batch_keys,
-            num_workers=num_workers,
             pin_memory=device.type == 'cuda',
             prefetch_factor=4 if num_workers else None,
-            worker_init_fn=ignore_signals,
+            **worker_options(num_workers),
         )
 
     def __iter__(self):
@@ -523,6 +523,17 @@ class Loader:
             if len(images):
                 images, other = (x.to(self.device, non_blocking=True) for x in (images, other))
                 yield normalise(images, self.mean, self.std), other
+
+
+def worker_options(num_workers):
+    """For a DataLoader: workers that stay for the next pass, and on Linux share the list of images with its maker."""
+    fork = num_workers > 0 and sys.platform == 'linux'
+    return {
+        'num_workers': num_workers,
+        'persistent_workers': num_workers > 0,
+        'multiprocessing_context': 'fork' if fork else None,
+        'worker_init_fn': ignore_signals,
+    }
 
 
 def ignore_signals(worker):

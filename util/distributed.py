@@ -60,7 +60,8 @@ def start(name):
 def mixed_precision(amp, device):
     """(() -> autocast context, GradScaler) of --amp. The scaler skips updates that are not finite, on every device."""
     if amp == 'auto':
-        amp = 'none' if device.type != 'cuda' else 'bf16' if torch.cuda.is_bf16_supported() else 'fp16'
+        has_bf16 = device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+        amp = 'none' if device.type != 'cuda' else 'bf16' if has_bf16 else 'fp16'
     dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(amp)
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
     return autocast, torch.amp.GradScaler(device.type) if amp == 'fp16' else UnitScaler(device.type, init_scale=1.0)

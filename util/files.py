@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
+from util import distributed
 from util.args import InputError
 
 THREADS = 16  # folders at a time: on a network each answer takes a while
@@ -34,7 +35,8 @@ def find(root, extensions, cache_dir):
             settled = kept['versions'][:, 0].max() < kept['began'] - SETTLED * 1e9
             return settled and np.array_equal(kept['versions'], [now[:2] for now in pool.map(version, folders)])
 
-        found = None if os.path.exists(cache) else search(root, extensions, pool)
+        one_of_many = distributed.world()[1] > 1  # one of them searches
+        found = None if one_of_many or os.path.exists(cache) else search(root, extensions, pool)
         if found is None or time.time_ns() - found['began'] > KEEP_FROM * 1e9:
             found = load_or_build(cache, lambda: found or search(root, extensions, pool), is_current)
     return found['names']

@@ -1,7 +1,7 @@
 """A copy of a data set, resized once: --crop simple starts with the same resize of every image in every epoch.
 
     python -m util.resize IMAGENET IMAGENET_224 --size 224                 # JPEG of quality 95
-    python -m util.resize IMAGENET IMAGENET_224 --size 224 --lossless      # the very pixels, six times the size
+    python -m util.resize IMAGENET IMAGENET_224 --size 224 --lossless      # the very pixels, seven times the size
     python main_pretrain.py @recipes/vit_base_300e_pretrain.txt --data_path IMAGENET_224
 
 The copy is an ordinary folder of images: names, order and labels are those of the source, which is anything that
@@ -172,9 +172,7 @@ def copy(copies, args):
     """Make all copies, and say what came of it. Raises RunError if more than --max_bad cannot be read."""
     bad, before, after = data.BadImages(len(copies), args.max_bad, args.dst), 0, 0
     num_workers = data.default_workers() if args.num_workers is None else args.num_workers
-    loader = torch.utils.data.DataLoader(
-        copies, batch_size=16, num_workers=num_workers, collate_fn=list, worker_init_fn=data.ignore_signals
-    )
+    loader = torch.utils.data.DataLoader(copies, batch_size=16, collate_fn=list, **data.worker_options(num_workers))
     with tqdm(desc=args.dst, total=len(copies), unit='image', disable=None) as bar:
         for results in loader:
             problems, *sizes = zip(*results)

@@ -14,7 +14,7 @@ from torchvision.transforms import InterpolationMode, v2
 from util.args import InputError
 
 try:
-    from torchvision.io import ImageReadMode, decode_jpeg  # twice as fast as PIL, and equal to the bit
+    from torchvision.io import ImageReadMode, decode_jpeg  # straight to a tensor, and equal to PIL's pixels to the bit
 except ImportError:  # deprecated since torchvision 0.29
     decode_jpeg = None
 
