@@ -180,7 +180,7 @@ class MaskedAutoencoderMFF(nn.Module):
         return visible, mask, ids_restore
 
     def fuse(self, levels):
-        """z = sum_k softmax(w)_k P_k(x_k): K tensors (N, 1+V, D) -> (N, 1+V, D). Paper, section 3."""
+        """z = sum_k softmax(w)_k P_k(x_k): K tensors (N, 1+V, D) -> (N, 1+V, D). Paper, figure 3."""
         if len(levels) == 1:
             return levels[0]  # plain MAE
         projected = [proj(x) for proj, x in zip(self.fuse_projs, levels)] + [levels[-1]]
