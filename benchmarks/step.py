@@ -69,7 +69,7 @@ def main(args):
             with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
                 print(pool.submit(check_peer, size).result(), flush=True)
         rates, memory = measure(variants, size, device, args)
-        if not memory.keys() - {'product'}:
+        if not memory.keys() - {CEILING}:
             raise RunError(f'{size}: every variant failed; the reasons are above')
         rows += summarise(size, rates, memory)
         rounds[size] = {'rates': rates, 'memory': memory}
