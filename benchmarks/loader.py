@@ -73,6 +73,9 @@ def main(args):
 
 def difference(source, resized, count=300):
     """A line: how the pixels of a copy differ from those that --crop simple makes of the first images of its source."""
+    names = zip(source.names.tolist(), resized.names.tolist())
+    if len(source) != len(resized) or not all(copy.startswith(name) for name, copy in names):
+        return 'pixels of the copy: not compared, as its images are not all of the source in the same order'
     cover = transforms.Cover((SIDE, SIDE))
     pairs = [(cover(source[index][0]), resized[index][0]) for index in range(min(count, len(source)))]
     differences = torch.cat([(ours.float() - copied).flatten() for ours, copied in pairs])

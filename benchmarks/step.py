@@ -283,7 +283,7 @@ def ask(pipes, variant, question):
 def serve(pipe, variant, size, device, amp, batch_size):
     """A process of measure: answers each number of steps with their seconds, None with its peak memory, and ends."""
     device = distributed.start(device)
-    build, options = VARIANTS.get(variant, (product_step, {}))
+    build, options = (product_step, {}) if variant == CEILING else VARIANTS[variant]
     if variant.startswith('mmpretrain'):
         import_peer()  # not part of the memory of a step
     before = peak_memory(device)

@@ -115,7 +115,7 @@ def test_scaling_runs(benchmark, tmp_path):
     assert all(seconds > 0 for seconds in result['rounds']['2'][0].values())
 
 
-def test_listing_runs(monkeypatch, tmp_path):
+def test_listing_runs(tmp_path):
     flags = f'--files 2500 --workers 1 --images 50 --rounds 1 --place {tmp_path} --out {tmp_path}/out'.split()
     listing.main(listing.get_parser().parse_args(flags))
     table = json.loads((tmp_path / 'out.json').read_text())['table']
@@ -150,6 +150,16 @@ def test_loader_runs(benchmark, folder, tmp_path):
     result = json.loads((tmp_path / 'out.json').read_text())
     assert [row['by'] for row in result['table']] == ['one core', '1 worker']
     assert all(rate > 0 for turns in result['rounds'].values() for turn in turns for rate in turn.values())
+
+
+def test_a_copy_that_lacks_an_image_is_not_compared(folder, tmp_path):
+    """Images that cannot be read are left out of a copy, and replaced where the source is read."""
+    from shutil import copytree
+
+    copytree(folder / 'val', tmp_path / 'val')
+    source = data.open_source(str(tmp_path / 'val'), 'train')
+    next(iter((tmp_path / 'val').rglob('*.png'))).unlink()
+    assert 'not compared' in loader.difference(source, data.open_source(str(tmp_path / 'val'), 'train'))
 
 
 @pytest.mark.parametrize(

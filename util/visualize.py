@@ -123,9 +123,9 @@ def draw_fusion_weights(axes, weights):
 def read_images(paths, flags, size):
     """Images as the model of a run with these flags takes them: (N, C, H, W), normalised. Raises InputError."""
     transform = transforms.centre_transform(size)
-    images = [transform(transforms.read_given_image(path, flags.in_chans)).unsqueeze(0) for path in paths]
+    images = [transform(transforms.read_given_image(path, flags.in_chans)) for path in paths]
     statistics = transforms.pixel_statistics(flags)
-    return torch.cat([transforms.normalise(image, *statistics) for image in images])  # some may be uint8, some float
+    return torch.stack([transforms.normalise(image, *statistics) for image in images])  # some may be uint8, some float
 
 
 # --- Command: one function a figure -------------------------------------------------------------------------------
