@@ -9,6 +9,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from util import log
+from util.features import depth_colour
 
 COLOURS = [*colormaps['tab20'].colors[::2], *colormaps['tab20'].colors[1::2]]  # the usual ten, and ten light ones
 MEASURES = {'loss': 'validation loss', 'knn': '20-NN', 'linprobe': 'linear probe', 'finetune': 'fine-tuning'}
@@ -134,22 +135,25 @@ def convergence_figure(results):
 
 
 def fusion_figure(results):
-    """Fusion weights over training: a panel a variant that has them, a colour a layer, a line a seed."""
+    """Fusion weights over training: a panel a variant that learns some, a colour a layer, a line a seed."""
     panels = {}
     for result in results:
         entries = [e for e in log.read(os.path.join(result['folder'], 'pretrain/log.jsonl')) if 'loss' in e]
         names = [name for name in entries[-1] if name.startswith('fusion/')]
         if len(names) > 1:
-            lines = {name[-2:]: [(entry['epoch'], entry[name]) for entry in entries] for name in names}
+            lines = {int(name[-2:]): [(entry['epoch'], entry[name]) for entry in entries] for name in names}
             panels.setdefault(result['variant'], []).append(lines)
-    columns = max(1, len(panels))
-    figure = Figure(figsize=(max(6, 3.5 * columns), 3.5), layout='constrained', dpi=100)
-    for axes, (name, runs) in zip(figure.subplots(1, columns, sharey=True, squeeze=False)[0], panels.items()):
+    columns = max(1, min(len(panels), 3))
+    rows = max(1, -(-len(panels) // columns))
+    figure = Figure(figsize=(max(6, 3.5 * columns), 3.5 * rows), layout='constrained', dpi=100)
+    for axes, (name, runs) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels.items()):
         for index, lines in enumerate(runs):
             for layer, points in lines.items():
-                label = None if index else f'layer {int(layer)}'
-                axes.plot(*zip(*points), color=f'C{int(layer) % 10}', linewidth=0.8, label=label)
+                label = None if index else f'layer {layer}'
+                axes.plot(*zip(*points), color=depth_colour(layer, max(lines)), linewidth=0.8, label=label)
         axes.set(title=name, xlabel='epoch', ylabel='fusion weight')
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
+    for axes in figure.axes[len(panels) :]:
+        axes.axis('off')
     return figure

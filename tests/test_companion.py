@@ -234,12 +234,16 @@ def test_titles_tell_apart():
 
 
 def test_curves_of_folders_of_the_same_name(tmp_path):
-    for name, weights in (('mae', {11: 1.0}), ('mff', {0: 0.25, 11: 0.75})):
+    for name, weights in (('mae', {23: 1.0}), ('mff', {0: 0.15, 20: 0.25, 23: 0.6})):
         fusion = {f'fusion/layer_{layer:02d}': weight for layer, weight in weights.items()}
         write_log(tmp_path / name / 'pretrain', [{'step': 1, 'epoch': 1, 'loss': 0.5, **fusion}])
-    loss, _, final = visualize.curves_figure([str(tmp_path / name / 'pretrain') for name in ('mae', 'mff')]).axes
+    loss, course, final = visualize.curves_figure([str(tmp_path / name / 'pretrain') for name in ('mae', 'mff')]).axes
     assert [line.get_label() for line in loss.lines] == ['mae, loss', 'mff, loss']
-    assert [[bar.get_height() for bar in group] for group in final.containers] == [[1.0], [0.25, 0.75]]
+    assert [[bar.get_height() for bar in group] for group in final.containers] == [[1.0], [0.15, 0.25, 0.6]]
+    colours = {line.get_label(): line.get_color() for line in course.lines if not line.get_label().startswith('_')}
+    assert list(colours) == ['layer 0', 'layer 20', 'layer 23'] and len(set(colours.values())) == 3
+    assert [line.get_ydata()[-1] for line in course.lines] == [0.15, 0.25, 1.0, 0.6]
+    assert [line.get_linestyle() for line in course.lines] == ['--', '--', '-', '--']
 
 
 def test_pictures_of_arrays_of_any_range(pretrain, tmp_path):
@@ -291,6 +295,9 @@ def test_table_of_known_numbers(tmp_path):
     assert len(ablation_report.loss_figure(results).axes[0].lines) == 6
     (panel,) = ablation_report.fusion_figure(results).axes
     assert panel.get_title() == 'MFF, simple' and len(panel.lines) == 6
+    variants = [dict(result, variant=f'variant {result["seed"]}{copy}') for result in results[3:] for copy in (0, 1)]
+    titles = [panel.get_title() for panel in ablation_report.fusion_figure(variants).axes]
+    assert titles == [result['variant'] for result in variants]
     points = [
         bar.lines[0].get_xydata().tolist() for bar in ablation_report.convergence_figure(results).axes[0].containers
     ]

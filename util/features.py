@@ -105,6 +105,11 @@ def relative_log_amplitude(maps):
     return log_amplitude - log_amplitude[0]
 
 
+def depth_colour(block, last):
+    """The colour of a block, from dark for the first to light for the last, in every figure of blocks or levels."""
+    return colormaps['viridis'](block / (last + 1))
+
+
 def spectrum_figure(features):
     """Figure of the relative log amplitude by frequency and block, checkpoints side by side, and the highest by block.
 
@@ -117,7 +122,7 @@ def spectrum_figure(features):
         curves = [relative_log_amplitude(maps) for maps in blocks]
         frequency = 2 * torch.arange(len(curves[0])) / min(blocks[0].shape[-2:])
         for depth, curve in enumerate(curves):
-            panel.plot(frequency, curve, color=colormaps['viridis'](depth / len(curves)), label=f'block {depth}')
+            panel.plot(frequency, curve, color=depth_colour(depth, len(curves) - 1), label=f'block {depth}')
         panel.set(title=title, xlabel='frequency / π')
         last.plot([curve[-1] for curve in curves], 'o-', markersize=3, label=title)
     axes[0].set(ylabel='relative log amplitude')

@@ -9,6 +9,7 @@ Checkpoints are of any origin that util/weights.py knows. The functions return m
 """
 
 import argparse
+import itertools
 import os
 
 import torch
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 
 from util import log, transforms
 from util.args import ArgumentParser, InputError, number, run
-from util.features import block_features, load_encoder, load_model, new_encoder, spectrum_figure, titles
+from util.features import block_features, depth_colour, load_encoder, load_model, new_encoder, spectrum_figure, titles
 
 
 @torch.no_grad()
@@ -76,7 +77,7 @@ def curves_figure(output_dirs):
     """
     figure = Figure(figsize=(12, 3.5), layout='constrained', dpi=100)
     loss_axes, weight_axes, final_axes = figure.subplots(1, 3)
-    labelled, final = set(), {}
+    weights = {}  # of each run, {layer: points}
     for run_index, (title, output_dir) in enumerate(zip(titles(output_dirs), output_dirs)):
         entries = [entry for entry in log.read(os.path.join(output_dir, 'log.jsonl')) if 'step' in entry]
         for name in sorted({name for entry in entries for name in entry}):
@@ -84,14 +85,18 @@ def curves_figure(output_dirs):
             if name in ('loss', 'val_loss'):
                 style = '-' if name == 'loss' else 'o--'
                 loss_axes.plot(*zip(*points), style, color=f'C{run_index}', markersize=4, label=f'{title}, {name}')
-            elif name.startswith('fusion/'):  # a colour a layer, a line style a run
-                layer, style = int(name.removeprefix('fusion/layer_')), ['-', '--', ':', '-.'][run_index % 4]
-                label = None if layer in labelled else f'layer {layer}'
-                weight_axes.plot(*zip(*points), style, color=f'C{layer % 10}', label=label)
-                labelled.add(layer)
-                final.setdefault(title, {})[layer] = points[-1][1]
+            elif name.startswith('fusion/'):
+                weights.setdefault(title, {})[int(name.removeprefix('fusion/layer_'))] = points
+    layers = sorted({layer for lines in weights.values() for layer in lines})
+    for layer in layers:  # a colour a layer, a line style a run
+        styles = zip(itertools.cycle(['-', '--', ':', '-.']), weights.values())
+        runs = [(style, lines[layer]) for style, lines in styles if layer in lines]
+        for index, (style, points) in enumerate(runs):
+            label = None if index else f'layer {layer}'
+            weight_axes.plot(*zip(*points), style, color=depth_colour(layer, layers[-1]), label=label)
     loss_axes.set(xlabel='epoch', ylabel='loss')
     weight_axes.set(xlabel='epoch', ylabel='fusion weight')
+    final = {title: {layer: points[-1][1] for layer, points in lines.items()} for title, lines in weights.items()}
     draw_fusion_weights(final_axes, final)
     for axes in (loss_axes, weight_axes):
         axes.grid(alpha=0.3)
