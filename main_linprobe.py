@@ -14,7 +14,7 @@ from timm.optim import Lars
 from tqdm import tqdm
 
 import engine
-from models_mff import MODELS, create_encoder
+from models_mff import MODELS, create_encoder, create_untrained_encoder
 from util import checkpoint, data, distributed, transforms
 from util.args import ArgumentParser, InputError, add_common_arguments, as_input_error, number, run
 
@@ -62,7 +62,10 @@ class LinearProbe(nn.Module):
 def main(args):
     torch.manual_seed(args.seed)
     with as_input_error():
-        encoder = create_encoder(args.model, args.input_size, args.in_chans, 'token')
+        if args.init_from:
+            encoder = create_encoder(args.model, args.input_size, args.in_chans, 'token')
+        else:
+            encoder = create_untrained_encoder(args.model, args.input_size, args.in_chans)
     size = encoder.patch_embed.img_size
     train_source, val_source = data.open_labelled_sources(args, size)
     model = LinearProbe(encoder, len(val_source.classes))

@@ -305,3 +305,11 @@ def create_encoder(name, img_size=None, in_chans=3, global_pool='avg', drop_path
         **sizes, in_chans=in_chans, num_classes=0, global_pool=global_pool, fc_norm=global_pool == 'avg',
         drop_path_rate=drop_path,
     )  # fmt: skip
+
+
+def create_untrained_encoder(name, img_size=None, in_chans=3):
+    """create_encoder(..., 'token') with weights as pre-training starts from, not timm's: what it is compared with."""
+    encoder = create_encoder(name, img_size, in_chans, 'token')
+    start = create_model(f'mff_{name}', img_size, in_chans).state_dict()
+    encoder.load_state_dict({key: start[key] for key in encoder.state_dict()})
+    return encoder

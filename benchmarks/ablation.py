@@ -2,15 +2,17 @@
 
     python -m benchmarks.ablation @recipes/ablation_quick.txt --data_path shapes       # minutes on a CPU, a toy
     python -m benchmarks.ablation @recipes/ablation_cpu.txt --data_path CIFAR10        # 2.5 hours on two cores
-    python -m benchmarks.ablation @recipes/ablation_gpu.txt --data_path CIFAR10        # under half an hour on one GPU
+    python -m benchmarks.ablation @recipes/ablation_gpu.txt --data_path CIFAR10        # one GPU; half an hour, a guess
 
 The released recipe changes MAE's crop together with the fusion. Here each is changed alone: {MAE, MFF} x {simple
 crop, random resized crop} x seeds, pre-trained by main_pretrain.py, then probed, fine-tuned, and classified by
 nearest neighbours at checkpoints on the way, by the recipes cifar10_*.txt. --grid choices compares the paper's
 design choices instead. Whatever was done is not repeated: the same line goes on. In --output_dir a folder a run, of
-about 0.7 GB each (the tiny model), and in report_GRID table.md, results.json, curves.png, convergence.png, fusion.png.
+about 0.7 GB each (the tiny model), and in report_GRID, of the runs that are complete so far, table.md, results.json,
+curves.png, convergence.png, fusion.png.
 """
 
+import glob
 import json
 import os
 import re
@@ -22,8 +24,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
 
+from benchmarks import report
 from benchmarks.ablation_report import write_report
-from util import data, log
+from util import data, distributed, log
 from util.args import ArgumentParser, InputError, number, run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -35,17 +38,20 @@ GRIDS = {
         for name, flags in (('MAE', LAST_BLOCK), ('MFF', []))
     },
     'choices': {
-        'MAE, simple': [*LAST_BLOCK, '--crop', 'simple'],
-        'MFF, simple': ['--crop', 'simple'],
-        'layers 0 11': ['--fuse_layers', '0', '11'],
-        'layers 8 11': ['--fuse_layers', '8', '11'],
-        'all layers': ['--fuse_layers', *map(str, range(12))],
-        'no projection': ['--fuse_proj', 'none'],
-        'two-layer projection': ['--fuse_proj', 'mlp'],
-        'uniform average': ['--fusion', 'uniform'],
-        'self-attention': ['--fusion', 'attention'],
-        'PixMIM': [*LAST_BLOCK, '--target', 'lowpass'],
-        'PixMIM + MFF': ['--target', 'lowpass'],
+        name: [*flags, '--crop', 'simple']
+        for name, flags in {
+            'MAE, simple': LAST_BLOCK,
+            'MFF, simple': [],
+            'layers 0 11': ['--fuse_layers', '0', '11'],
+            'layers 8 11': ['--fuse_layers', '8', '11'],
+            'all layers': ['--fuse_layers', *map(str, range(12))],
+            'no projection': ['--fuse_proj', 'none'],
+            'two-layer projection': ['--fuse_proj', 'mlp'],
+            'uniform average': ['--fusion', 'uniform'],
+            'self-attention': ['--fusion', 'attention'],
+            'PixMIM': [*LAST_BLOCK, '--target', 'lowpass'],
+            'PixMIM + MFF': ['--target', 'lowpass'],
+        }.items()
     },
 }
 PAIRS = {
@@ -78,32 +84,41 @@ def get_parser():
 
 def main(args):
     prepare(args)
-    names = [(variant, seed) for variant in GRIDS[args.grid] for seed in range(args.seeds)]
+    names = [(variant, seed) for seed in range(args.seeds) for variant in GRIDS[args.grid]]  # comparable early on
     processes, results = Processes(args), {}
+    folder = os.path.join(args.output_dir, f'report_{args.grid}')
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the mains end with this process
     with ThreadPoolExecutor(args.jobs) as pool:
         futures = {pool.submit(train_and_measure, args, *name, processes): name for name in names}
         try:
             for done in as_completed(futures):
                 results[futures[done]] = done.result()
+                complete = [results[name] for name in names if name in results]
+                head = describe(args, f'{len(complete)} of {len(names)}')
+                table = write_report(folder, head, complete, PAIRS[args.grid])
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             processes.stop()
             raise
-    folder = os.path.join(args.output_dir, f'report_{args.grid}')
-    print(write_report(folder, describe(args), [results[name] for name in names], PAIRS[args.grid]))
+    print(table)
 
 
-def describe(args):
-    """The command, and how small the experiment is, for the head of the table."""
-    command = shlex.join(['python', '-m', 'benchmarks.ablation', *sys.argv[1:]])
+def describe(args, runs):
+    """How it was made, and how small the experiment is, for the head of the table."""
+    images, labelled, val = (len(glob.glob(os.path.join(folder, '*', '*.npy'))) for folder in data_folders(args))
     return (
-        f'`{command}`\n\nTiny model. Pre-training: {args.images or "all"} images, {args.epochs} epochs. Labelled: '
-        f'{args.labelled or "all"} images; probe {args.probe_epochs} epochs, fine-tuning {args.finetune_epochs}. '
-        f'Measured on {args.val_images or "all"} validation images. Seeds: {args.seeds}.'
+        f'{report.heading(report.environment(distributed.choose_device("auto")))}\n\n'
+        f'Tiny model. Pre-training: {images} images, {args.epochs} epochs. Labelled: {labelled} images; probe '
+        f'{args.probe_epochs} epochs, fine-tuning {args.finetune_epochs}. Measured on {val} validation images. '
+        f'Complete runs: {runs}.'
         + ' The validation loss of PixMIM is that of another target.'
         * (args.grid == 'choices')
     )
+
+
+def data_folders(args):
+    """Of the images of pre-training, of all with labels, and of validation."""
+    return [os.path.join(args.output_dir, 'data', name) for name in ('images', 'labelled', 'val')]
 
 
 # --- Runs ---------------------------------------------------------------------------------------------------------
@@ -127,19 +142,20 @@ def prepare(args):
         ]
         if changed:
             raise InputError(f'{args.output_dir} holds runs of another experiment: {", ".join(changed)}')
-    with open(path, 'w') as file:
-        json.dump(settings, file, indent=2)
-    for folder, split, count in (
-        ('images', 'train', args.images),
-        ('labelled', 'train', args.labelled),
-        ('val', 'val', args.val_images),
-    ):
-        folder = os.path.join(args.output_dir, 'data', folder)
+    write_json(path, settings)
+    splits, counts = ('train', 'train', 'val'), (args.images, args.labelled, args.val_images)
+    for folder, split, count in zip(data_folders(args), splits, counts):
         if not os.path.exists(folder):
             source = data.open_source(args.data_path, split, size=(32, 32), labelled=True)
             if source is None or source.classes is None:
                 raise InputError(f'{args.data_path}: labelled training and validation images are needed')
             write_arrays(source, count or len(source), folder)
+
+
+def write_json(path, content):
+    with open(path + '.tmp', 'w') as file:
+        json.dump(content, file, indent=2)
+    os.replace(path + '.tmp', path)
 
 
 def write_arrays(source, count, folder):
@@ -172,6 +188,8 @@ class Processes:
                 raise InputError('stopped')
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=self.environment)
             self.running.add(process)
+            if self.stopped:  # meanwhile
+                process.terminate()
             code = process.wait()
             self.running.discard(process)
         with open(output) as file:
@@ -190,7 +208,7 @@ def train_and_measure(args, variant, seed, processes):
     """One run of the grid, or what is left of it: {'variant', 'seed', 'folder', 'epochs', and a number a measure}."""
     folder = os.path.join(args.output_dir, re.sub(r'\W+', '-', f'{variant}-seed{seed}'))
     os.makedirs(folder, exist_ok=True)
-    images, labelled, val = (os.path.join(args.output_dir, 'data', name) for name in ('images', 'labelled', 'val'))
+    images, labelled, val = data_folders(args)
     flags = ['--val_path', val, '--seed', str(seed)]
     result_path = os.path.join(folder, 'result.json')
     result = {'variant': variant, 'seed': seed, 'folder': folder, 'epochs': args.epochs}
@@ -200,15 +218,13 @@ def train_and_measure(args, variant, seed, processes):
 
     def measured(name, value):
         result[name] = value
-        with open(result_path + '.tmp', 'w') as file:
-            json.dump(result, file, indent=2)
-        os.replace(result_path + '.tmp', result_path)
+        write_json(result_path, result)
         print(f'{variant}, seed {seed}: {name} {value}', flush=True)
 
     def start(job, name, *more):
         recipe = f'@{os.path.join(ROOT, "recipes", f"cifar10_{job}.txt")}'
         chosen = [*args.all_flags, *getattr(args, f'{job}_flags')]
-        return processes.run(job, os.path.join(folder, f'{name}.out'), recipe, *flags, *more, *chosen)
+        return processes.run(job, os.path.join(folder, f'{name}.out'), recipe, *chosen, *flags, *more)
 
     def last_entry(job, name):
         return [entry[name] for entry in log.read(os.path.join(folder, job, 'log.jsonl')) if name in entry][-1]

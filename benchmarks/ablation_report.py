@@ -39,20 +39,20 @@ def by_variant(results):
 def make_table(results, pairs):
     """Markdown: mean and deviation of each measure, paired differences by seed, and epochs to the same accuracy."""
     groups = by_variant(results)
+    counts = sorted({len(group) for group in groups.values()})
     seeds = {name: {r['seed']: r for r in group} for name, group in groups.items()}
     lines = [f'| | {" | ".join(MEASURES.values())} |', '|---|' + '---|' * len(MEASURES)]
     for name, group in groups.items():
         lines.append(row(name, [[r[measure] for r in group] for measure in MEASURES]))
-    pairs = [(ours, theirs) for ours, theirs in pairs if ours in seeds and theirs in seeds]
+    pairs = [(ours, theirs) for ours, theirs in pairs if seeds.get(ours, {}).keys() & seeds.get(theirs, {}).keys()]
     for ours, theirs in pairs:
         both = seeds[ours].keys() & seeds[theirs].keys()
         differences = [[seeds[ours][s][m] - seeds[theirs][s][m] for s in both] for m in MEASURES]
         lines.append(row(f'{ours} less {theirs}', differences, sign='+'))
     lines += [
         '',
-        'Mean and standard deviation over seeds '
-        f'({min(map(len, groups.values()))} each; accuracies in %, differences seed by seed). 20-NN: by the mean of '
-        'the patch tokens.',
+        f'Mean and standard deviation over seeds ({" or ".join(map(str, counts))} each; accuracies in %, differences '
+        'seed by seed). 20-NN: by the mean of the patch tokens.',
         '',
     ]
     for ours, theirs in pairs:

@@ -30,6 +30,11 @@ def environment(device):
     }
 
 
+def heading(facts):
+    """Markdown of environment's dict, a line each."""
+    return '\n'.join(f'{name}: {value}  ' for name, value in facts.items())
+
+
 def spread(values, digits=3):
     """'median (lowest to highest)' of the rounds."""
     low, middle, high = (f'{x:.{digits}g}' for x in (min(values), statistics.median(values), max(values)))
@@ -45,7 +50,7 @@ def table(rows):
 def publish(out, device, rows, rounds):
     """Print the table last; write it as out.md, and with every round as out.json."""
     facts = environment(device)
-    text = '\n'.join(f'{name}: {value}  ' for name, value in facts.items()) + f'\n\n{table(rows)}\n'
+    text = f'{heading(facts)}\n\n{table(rows)}\n'
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(f'{out}.md').write_text(text)

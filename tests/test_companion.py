@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -150,6 +151,66 @@ def test_a_run_with_choices(pretrain, tmp_path, choice):
 # --- Figures -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize('norm_pix_loss', [True, False])
+@pytest.mark.parametrize('target', ['pixels', 'lowpass'])
+def test_reconstruction_of_a_perfect_model(norm_pix_loss, target):
+    """Whose prediction is the target, patch by patch, by torch's unfold: the picture shows it in its place."""
+    statistics = ([0.5, 0.4, 0.3], [0.2, 0.3, 0.4])
+    model = DesignChoices(target=target, statistics=statistics, **{**SMALL, 'norm_pix_loss': norm_pix_loss})
+    (height, width), p = model.patch_embed.img_size, model.patch_embed.patch_size[0]
+    imgs = torch.randn(4, 3, height, width)
+    goal = model.low_frequency_target(imgs) if target == 'lowpass' else imgs
+    patches = F.unfold(goal, p, stride=p).view(4, 3, p * p, -1).permute(0, 3, 2, 1).flatten(2)  # (N, L, p*p*C)
+    if norm_pix_loss:
+        mean, var = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
+        patches = (patches - mean) / (var + 1e-6) ** 0.5
+    forward, num_patches = model.forward, patches.shape[1]
+    model.forward = lambda *inputs: (None, patches, forward(*inputs)[2])
+    noise = torch.rand(4, num_patches)
+    place = noise.argsort(1).argsort(1)  # the rank of each patch's noise
+    hidden = (place >= num_patches // 2).view(4, 1, height // p, width // p)
+    hidden = hidden.repeat_interleave(p, 2).repeat_interleave(p, 3)
+    masked, reconstruction, pasted = visualize.reconstruct(model, imgs, 0.5, noise)
+    assert torch.equal(masked, torch.where(hidden, 0.0, imgs))
+    assert relative(reconstruction, goal) < 1e-5
+    assert relative(pasted, torch.where(hidden, goal, imgs)) < 1e-5
+
+    figure = visualize.reconstruction_figure(model, imgs, statistics, 0.5, noise)
+    caption = figure.get_supxlabel()
+    assert caption.startswith('50% ') and ('true mean' in caption) == norm_pix_loss
+    assert [axes.get_title() for axes in figure.axes[:3]] == ['input', 'masked', 'reconstruction']
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in statistics)
+    shades = [pictures * std + mean for pictures in (imgs, masked, reconstruction, pasted)]
+    low, high = shades[0].min().clamp(max=0), shades[0].max().clamp(min=1)
+    for index, axes in enumerate(figure.axes):
+        expected = ((shades[index % 4][index // 4] - low) / (high - low)).clamp(0, 1).permute(1, 2, 0)
+        assert np.abs(axes.images[0].get_array() - expected.numpy()).max() < 1e-5
+
+
+def test_reconstruction_takes_seed_and_ratio(pretrain, folder):
+    path = pretrain('run', '--epochs', '1').output_dir / 'checkpoint-last.pth'
+    images = list(map(str, sorted((folder / 'val').rglob('*.png'))[:3]))
+    seen = []
+    for seed, ratio in ((0, 0.75), (0, 0.75), (1, 0.75), (1, 0.5)):
+        flags = ['reconstruct', str(path), *images, '--seed', str(seed), '--mask_ratio', str(ratio)]
+        axes = visualize.draw_reconstruction(visualize.get_parser().parse_args(flags)).axes
+        inputs, masked = (np.stack([axes[i + k].images[0].get_array() for i in (0, 4, 8)]) for k in (0, 1))
+        seen.append((inputs == masked).all(-1).reshape(3, 4, 4, 4, 4).all((2, 4)))  # (image, row, column of patches)
+        assert seen[-1].sum((1, 2)).tolist() == [round(16 * (1 - ratio))] * 3
+    assert (seen[0] == seen[1]).all() and (seen[0] != seen[2]).any() and (seen[0][0] != seen[0][1]).any()
+
+
+def test_random_weights_are_those_that_pre_training_starts_from():
+    encoder = models_mff.create_untrained_encoder('vit_tiny_patch4', 16)
+    assert torch.equal(encoder.pos_embed, models_mff.create_model('mff_vit_tiny_patch4', 16).pos_embed)
+    for name, weight in encoder.state_dict().items():
+        if name.endswith('weight') and weight.ndim == 2:  # xavier: uniform, of variance 2 / (inputs + outputs)
+            bound = (6 / sum(weight.shape)) ** 0.5
+            assert 0.99 * bound < weight.max() <= bound and -bound <= weight.min() < -0.99 * bound, name
+        elif name.endswith('bias') and 'mlp' not in name and 'patch' not in name:
+            assert not weight.any()
+
+
 def test_spectrum_of_a_constant_and_of_waves():
     rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing='ij')
     constant = features.relative_log_amplitude(torch.full((2, 3, 8, 8), 5.0))
@@ -192,6 +253,10 @@ def test_features_are_the_blocks_outputs_from_any_origin(pretrain):
     noise = torch.rand(5, 16)
     preds = [features.load_model(file)[0](imgs, 0.75, noise)[1] for file in (path, foreign)]
     assert torch.equal(*preds)
+    attention = {'fuse_attn.qkv.weight': torch.ones(2, 2)}  # of a kind of fusion that no flag names
+    torch.save({'model': {name: t for name, t in state.items() if name != 'fuse_logits'} | attention}, foreign)
+    with pytest.raises(InputError, match='--fusion must be those of the file'):
+        features.load_model(foreign)
     torch.save({'model': {name: tensor for name, tensor in state.items() if 'decoder' not in name}}, foreign)
     with pytest.raises(InputError, match='lacks decoder'):
         features.load_model(foreign)
@@ -334,6 +399,7 @@ class FakeMains:
 @pytest.mark.parametrize('grid', ['fusion', 'choices'])
 def test_grid_runs_each_once(folder, tmp_path, grid):
     flags = [f'@{ROOT}/recipes/ablation_quick.txt', '--data_path', str(folder), '--output_dir', str(tmp_path / 'out')]
+    flags += ['--pretrain_flags', '--total_batch_size 16 --crop rrc --seed 7']  # undone by the grid's
     args = ablation.get_parser().parse_args([*flags, '--grid', grid, '--images', '32', '--labelled', '60'])
     ablation.prepare(args)
     count = {name: len(list((tmp_path / 'out/data' / name).rglob('*.npy'))) for name in ('images', 'labelled', 'val')}

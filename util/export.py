@@ -27,7 +27,7 @@ ARCHITECTURES = {
 
 # Flags of a run that its weights need; others, such as paths, stay at home.
 KEPT_FLAGS = [
-    *('model', 'input_size', 'in_chans', 'mean', 'std', 'fuse_layers', 'norm_pix_loss', 'mask_ratio', 'epochs'),
+    *('model', 'input_size', 'in_chans', 'mean', 'std', 'fuse_layers', 'norm_pix_loss', 'mask_ratio', 'crop', 'epochs'),
     *design_choices.DEFAULTS,
 ]
 
@@ -173,6 +173,8 @@ def model_card(name, flags, state, config):
         'classes': num_classes or None,
         'fused blocks': flatten(fused) if pretraining else None,
         'mask ratio': flags.get('mask_ratio'),
+        'crop': {'simple': "simple, MFF's", 'rrc': "random resized, MAE's"}.get(flags.get('crop')),
+        'pixels predicted': {True: 'standardised in each patch', False: 'as they are'}.get(flags.get('norm_pix_loss')),
         **{
             choice: flags.get(choice) for choice, usual in design_choices.DEFAULTS.items() if flags.get(choice) != usual
         },

@@ -30,7 +30,8 @@ def read_flags(path):
     for name, size in MODELS.items():
         sizes = {'patch_size': 16, **size.keywords}
         if (sizes['embed_dim'], sizes['depth'], sizes['patch_size']) == (width, depth, patch_size):
-            fusion = {} if 'fuse_logits' in state else {'fuse_layers': [depth - 1]}
+            fused = any(tensor_name.startswith('fuse_') for tensor_name in state)
+            fusion = {} if fused else {'fuse_layers': [depth - 1]}
             found = {'model': name, 'in_chans': in_chans, 'input_size': [side * patch_size for side in grid]}
             return argparse.Namespace(**usual | found | fusion)
     raise InputError(f'{path}: {origin}, {width} wide, {depth} blocks, patch {patch_size}, which is no size in MODELS')
@@ -50,16 +51,11 @@ def load_encoder(path):
     """(timm's VisionTransformer without a head, flags) of a checkpoint of any known origin: nothing is masked."""
     flags = read_flags(path)
     state, _ = weights.read_weights(path)
-    model = new_encoder(flags, 'avg' if 'fc_norm.weight' in state else 'token')
+    name, global_pool = flags.model.removeprefix('mff_'), 'avg' if 'fc_norm.weight' in state else 'token'
+    with as_input_error():
+        model = create_encoder(name, flags.input_size, flags.in_chans, global_pool).eval()
     weights.load_weights(model, path)
     return model, flags
-
-
-def new_encoder(flags, global_pool='token'):
-    """The encoder that flags describe, with random weights."""
-    name = flags.model.removeprefix('mff_')
-    with as_input_error():
-        return create_encoder(name, flags.input_size, flags.in_chans, global_pool).eval()
 
 
 def titles(paths):

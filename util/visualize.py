@@ -15,9 +15,10 @@ import os
 import torch
 from matplotlib.figure import Figure
 
+from models_mff import create_untrained_encoder
 from util import log, transforms
 from util.args import ArgumentParser, InputError, number, run
-from util.features import block_features, depth_colour, load_encoder, load_model, new_encoder, spectrum_figure, titles
+from util.features import block_features, depth_colour, load_encoder, load_model, spectrum_figure, titles
 
 
 @torch.no_grad()
@@ -25,13 +26,13 @@ def reconstruct(model, imgs, mask_ratio=0.75, noise=None):
     """What the model makes of imgs (N, C, H, W), normalised: (masked, reconstruction, pasted), like imgs.
 
     With norm_pix_loss the model predicts each patch up to its mean and deviation. Both are taken from the true
-    patch, masked ones included: that leaks the target's coarse colours into the picture. pasted shows the visible
-    patches as they were. MAE, figure 2.
+    patch (of PixMIM's target, where that was the aim), masked ones included: that leaks the target's coarse colours
+    into the picture. pasted shows the visible patches as they were. MAE, figure 2.
     """
     model.eval()
     _, pred, mask = model(imgs, mask_ratio, noise)  # (N, L, p*p*C), (N, L)
     if model.norm_pix_loss:
-        target = model.patchify(imgs)
+        target = model.patchify(model.low_frequency_target(imgs) if getattr(model, 'lowpass', False) else imgs)
         pred = pred.float() * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)
     reconstruction = model.unpatchify(pred.float())
     removed = model.unpatchify(mask.unsqueeze(-1).expand_as(pred))  # 1 where removed
@@ -154,6 +155,9 @@ def draw_curves(args):
 
 def draw_fusion(args):
     models = [load_model(path)[0] for path in args.checkpoints]
+    for path, model in zip(args.checkpoints, models):
+        if not len(model.fusion_weights):
+            raise InputError(f'{path}: it fuses by attention, which has no weights of its own to show')
     weights = [dict(zip(model.fuse_layers, model.fusion_weights.tolist())) for model in models]
     return fusion_figure(dict(zip(titles(args.checkpoints), weights)))
 
@@ -163,7 +167,8 @@ def draw_spectrum(args):
     if args.random:
         torch.manual_seed(args.seed)
         flags = next(iter(encoders.values()))[1]
-        encoders['random weights'] = new_encoder(flags), flags
+        name = flags.model.removeprefix('mff_')
+        encoders['random weights'] = create_untrained_encoder(name, flags.input_size, flags.in_chans).eval(), flags
     features = {}
     for title, (encoder, flags) in encoders.items():
         features[title] = block_features(encoder, read_images(args.images, flags, encoder.patch_embed.img_size))

@@ -228,9 +228,10 @@ def recognise(content, state):
     """The origin of a file's content, of which state is the converted form, in words."""
     decoder, head = 'decoder_embed.weight' in state, state.get('head.weight')
     fusion = any(name.startswith('fuse_') for name in state)
-    if any(name.startswith('backbone.') for name in inner_state(content)):
+    ours = isinstance(content.get('args'), dict) and 'input_size' in content['args']
+    if not ours and any(name.startswith('backbone.') for name in inner_state(content)):
         project = 'mmpretrain'
-    elif fusion or (isinstance(content.get('args'), dict) and 'input_size' in content['args']):
+    elif ours or fusion:
         project = "this project's"
     elif decoder or ('model' in content and (head is None or 'fc_norm.weight' in state or 'bn.running_var' in state)):
         project = 'facebookresearch/mae'
