@@ -72,6 +72,7 @@ def main(args):
     origin = engine.initial_weights(args, encoder, needed=args.eval)
     if args.eval:
         load_head(model, args.init_from)
+        origin = '; '.join(note for note in origin.split('; ') if not note.startswith('left out: '))
     only_measure = args.eval or args.knn is not None
     task = engine.prepare_classification(args, model, origin, size, train_source, val_source, only_measure)
     if args.eval:

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ import numpy as np
 
 from benchmarks import report
 from benchmarks.ablation_report import write_report
-from util import data, distributed, log
+from util import checkpoint, data, distributed, log
 from util.args import ArgumentParser, InputError, number, run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -128,20 +129,22 @@ def prepare(args):
     """Check that --output_dir is of the same experiment, and decode the images of all runs once, as arrays.
 
     Raises:
-        InputError: if --output_dir holds runs of other flags, or there are no labelled images.
+        InputError: if --output_dir holds runs of other flags or cannot be written, or there are no labelled images.
     """
+    checkpoint.make_output_dir(args.output_dir)
     free = {'grid', 'seeds', 'jobs', 'output_dir'}
     settings = {name: value for name, value in vars(args).items() if name not in free}
     path = os.path.join(args.output_dir, 'settings.json')
-    os.makedirs(args.output_dir, exist_ok=True)
     if os.path.exists(path):
         with open(path) as file:
             before = json.load(file)
         changed = [
             f'--{name} {before.get(name)} -> {value}' for name, value in settings.items() if before.get(name) != value
         ]
-        if changed:
+        if changed and glob.glob(os.path.join(args.output_dir, '*', 'pretrain')):
             raise InputError(f'{args.output_dir} holds runs of another experiment: {", ".join(changed)}')
+        if changed:  # nothing is trained yet
+            shutil.rmtree(os.path.join(args.output_dir, 'data'), ignore_errors=True)
     write_json(path, settings)
     splits, counts = ('train', 'train', 'val'), (args.images, args.labelled, args.val_images)
     for folder, split, count in zip(data_folders(args), splits, counts):
@@ -229,7 +232,7 @@ def train_and_measure(args, variant, seed, processes):
     def last_entry(job, name):
         return [entry[name] for entry in log.read(os.path.join(folder, job, 'log.jsonl')) if name in entry][-1]
 
-    def checkpoint(epoch):
+    def kept(epoch):
         return os.path.join(folder, 'pretrain', f'checkpoint-{epoch:04d}.pth')
 
     every = max(1, args.epochs // args.points)
@@ -242,7 +245,7 @@ def train_and_measure(args, variant, seed, processes):
     for epoch in dict.fromkeys([*range(every, args.epochs, every), args.epochs]):
         name = 'knn' if epoch == args.epochs else f'knn_{epoch}'
         if name not in result:
-            weights = ['--init_from', last if epoch == args.epochs else checkpoint(epoch)]
+            weights = ['--init_from', last if epoch == args.epochs else kept(epoch)]
             printed = start('linprobe', name, '--data_path', labelled, *weights, '--knn', '20')
             measured(name, float(re.search(r'top-1 ([\d.]+) %  by the mean of patches', printed)[1]))
     for job, epochs in (('linprobe', args.probe_epochs), ('finetune', args.finetune_epochs)):

@@ -511,6 +511,8 @@ def test_export_of_a_classifier(global_pool, tmp_path):
     state = model.state_dict()
     flags = flags_of('vit_tiny_patch4', [16, 24], mean=[0.1, 0.2, 0.3], std=[1.0, 1.0, 1.0], global_pool=global_pool)
     classes = ['cat', 'dog', 'owl']
+    (tmp_path / 'out/pretraining').mkdir(parents=True)
+    (tmp_path / 'out/pretraining/model.safetensors').write_text('of an earlier export')
     folder = export({'model': state, 'epoch': 1, 'step': 2, 'classes': classes, 'args': flags}, tmp_path)
     classifier = from_folder(folder)
     imgs = torch.randn(4, 3, 16, 24)

@@ -235,7 +235,9 @@ def test_pretrained_to_everything(pretrain, finetune, linprobe, folder, capsys, 
     finetune('none', '--eval', '--init_from', str(tuned))
     assert f'top-1 {top1:.2f} %' in capsys.readouterr().out
     linprobe('none', '--eval', '--init_from', str(tmp_path / 'probe/checkpoint-last.pth'))
-    assert f'top-1 {probe_top1:.2f} %' in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f'top-1 {probe_top1:.2f} %' in printed and "this project's linear probe" in printed
+    assert 'left out' not in printed
     linprobe('none', '--knn', '5', '--init_from', str(weights))
     printed = capsys.readouterr().out
     assert len(re.findall(r'5-nearest-neighbour top-1 \d+\.\d+ %  by the (?:cls token|mean of patches)', printed)) == 2

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 from huggingface_hub import ModelCard
+from matplotlib.colors import to_rgba
 from PIL import Image
 from test_model import SMALL, layer_norm, linear, relative
 
@@ -178,13 +179,16 @@ def test_reconstruction_of_a_perfect_model(norm_pix_loss, target):
     figure = visualize.reconstruction_figure(model, imgs, statistics, 0.5, noise)
     caption = figure.get_supxlabel()
     assert caption.startswith('50% ') and ('true mean' in caption) == norm_pix_loss
-    assert [axes.get_title() for axes in figure.axes[:3]] == ['input', 'masked', 'reconstruction']
+    assert ('PixMIM' in caption) == (target == 'lowpass')
+    titles = ['input', 'masked', 'reconstruction', 'with visible patches']
+    assert [axes.get_title() for axes in figure.axes] == titles
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in statistics)
     shades = [pictures * std + mean for pictures in (imgs, masked, reconstruction, pasted)]
     low, high = shades[0].min().clamp(max=0), shades[0].max().clamp(min=1)
-    for index, axes in enumerate(figure.axes):
-        expected = ((shades[index % 4][index // 4] - low) / (high - low)).clamp(0, 1).permute(1, 2, 0)
-        assert np.abs(axes.images[0].get_array() - expected.numpy()).max() < 1e-5
+    for axes, expected in zip(figure.axes, shades):
+        expected = ((expected - low) / (high - low)).clamp(0, 1).permute(0, 2, 3, 1)
+        shown = np.asarray(axes.images[0].get_array()).reshape(4, -1, width, 3)  # below each image a white gap
+        assert np.abs(shown[:, :height] - expected.numpy()).max() < 1e-5 and (shown[:, height:] == 1).all()
 
 
 def test_reconstruction_takes_seed_and_ratio(pretrain, folder):
@@ -194,7 +198,7 @@ def test_reconstruction_takes_seed_and_ratio(pretrain, folder):
     for seed, ratio in ((0, 0.75), (0, 0.75), (1, 0.75), (1, 0.5)):
         flags = ['reconstruct', str(path), *images, '--seed', str(seed), '--mask_ratio', str(ratio)]
         axes = visualize.draw_reconstruction(visualize.get_parser().parse_args(flags)).axes
-        inputs, masked = (np.stack([axes[i + k].images[0].get_array() for i in (0, 4, 8)]) for k in (0, 1))
+        inputs, masked = (np.asarray(axes[k].images[0].get_array()).reshape(3, -1, 16, 3)[:, :16] for k in (0, 1))
         seen.append((inputs == masked).all(-1).reshape(3, 4, 4, 4, 4).all((2, 4)))  # (image, row, column of patches)
         assert seen[-1].sum((1, 2)).tolist() == [round(16 * (1 - ratio))] * 3
     assert (seen[0] == seen[1]).all() and (seen[0] != seen[2]).any() and (seen[0][0] != seen[0][1]).any()
@@ -287,10 +291,41 @@ def test_commands_draw(pretrain, folder, tmp_path, capsys):
     assert len(panels) == 2 and len(panels[0].lines) == 2 and len(panels[1].lines[0].get_xdata()) == 2
 
 
+def test_mistakes_with_pictures_get_one_line(pretrain, folder, tmp_path, capsys):
+    mff = str(pretrain('mff', '--epochs', '1').output_dir / 'checkpoint-last.pth')
+    mae = str(pretrain('mae', '--epochs', '1', '--fuse_layers', '11').output_dir / 'checkpoint-last.pth')
+    attention = str(pretrain('attention', '--epochs', '1', '--fusion', 'attention').output_dir / 'checkpoint-last.pth')
+    image = str(next((folder / 'val').rglob('*.png')))
+    missing = str(tmp_path / 'missing/picture.png')
+    for flags, message in [
+        (['reconstruct', mff, image, '--no-norm_pix_loss'], 'says itself'),
+        (['reconstruct', mff, image, '--seed', str(2**64)], '--seed'),
+        (['fusion', mff, mae], f'{mae}: no fusion weights'),
+        (['fusion', attention], 'no fusion weights'),
+        (['curves', str(folder)], 'no log.jsonl'),
+        (['fusion', mff, '--out', str(folder)], 'is a folder'),
+        (['fusion', mff, '--out', missing], f'{missing}: No such file'),
+        (['fusion', mff, '--out', str(tmp_path / 'a.jpeg2000')], 'not supported'),
+        (['fusion', mff, '--out', str(tmp_path / 'a'), '--tensorboard', image], f'--tensorboard {image}'),
+    ]:
+        with pytest.raises(SystemExit) as exit:
+            run(visualize.main, visualize.get_parser(), flags)
+        printed = capsys.readouterr().err.strip().splitlines()
+        assert exit.value.code == 2 and message in printed[-1], (flags, printed)
+    run(visualize.main, visualize.get_parser(), ['fusion', mff, mff, '--out', str(tmp_path / 'b')])
+    assert (tmp_path / 'b.png').exists() and f'wrote {tmp_path / "b.png"}' in capsys.readouterr().out
+
+
 def test_titles_tell_apart():
     for paths, expected in [
         (['a/run/checkpoint-last.pth'], ['run']),
         (['a/run/checkpoint-0001.pth', 'a/run/checkpoint-last.pth'], ['checkpoint-0001', 'checkpoint-last']),
+        (['a/mae/checkpoint-0001.pth', 'a/mff/checkpoint-0002.pth'], ['mae/checkpoint-0001', 'mff/checkpoint-0002']),
+        (
+            ['a/mae/run/checkpoint-0001.pth', 'a/mae/run/checkpoint-last.pth', 'a/mff/run/checkpoint-last.pth'],
+            ['mae/checkpoint-0001', 'mae/checkpoint-last', 'mff/checkpoint-last'],
+        ),
+        (['weights/mae.pth', 'other/mff.safetensors'], ['mae', 'mff.safetensors']),
         (['a/mae/pretrain/checkpoint-last.pth', 'a/mff/pretrain/checkpoint-last.pth'], ['mae', 'mff']),
         (['a/mae/pretrain', 'b/mae/pretrain', 'b/mff/pretrain'], ['a/mae', 'b/mae', 'b/mff']),
         (['run', 'other/run'], [ROOT.name, 'other']),
@@ -304,11 +339,18 @@ def test_curves_of_folders_of_the_same_name(tmp_path):
         write_log(tmp_path / name / 'pretrain', [{'step': 1, 'epoch': 1, 'loss': 0.5, **fusion}])
     loss, course, final = visualize.curves_figure([str(tmp_path / name / 'pretrain') for name in ('mae', 'mff')]).axes
     assert [line.get_label() for line in loss.lines] == ['mae, loss', 'mff, loss']
-    assert [[bar.get_height() for bar in group] for group in final.containers] == [[1.0], [0.15, 0.25, 0.6]]
-    colours = {line.get_label(): line.get_color() for line in course.lines if not line.get_label().startswith('_')}
+    assert [[bar.get_height() for bar in group] for group in final.containers] == [[0.15, 0.25, 0.6]]
+    colours = {line.get_label(): line.get_color() for line in course.lines if line.get_label().startswith('layer')}
     assert list(colours) == ['layer 0', 'layer 20', 'layer 23'] and len(set(colours.values())) == 3
-    assert [line.get_ydata()[-1] for line in course.lines] == [0.15, 0.25, 1.0, 0.6]
-    assert [line.get_linestyle() for line in course.lines] == ['--', '--', '-', '--']
+    drawn = [line for line in course.lines if len(line.get_xdata())]
+    assert [line.get_ydata()[-1] for line in drawn] == [0.15, 0.25, 0.6]
+    assert [line.get_color() for line in drawn] == list(colours.values())
+    styles = {line.get_label(): line.get_linestyle() for line in course.lines}
+    assert styles['mff'] == '--' == drawn[0].get_linestyle() and 'mae' not in styles  # of whose weight is 1
+    assert final.containers[0].patches[0].get_facecolor() == to_rgba('C1') == to_rgba(loss.lines[1].get_color())
+    assert len(visualize.curves_figure([str(tmp_path / 'mae/pretrain')]).axes) == 1
+    with pytest.raises(InputError, match='no log.jsonl'):
+        visualize.curves_figure([str(tmp_path / 'mae/pretrain'), str(tmp_path)])
 
 
 def test_pictures_of_arrays_of_any_range(pretrain, tmp_path):
@@ -401,6 +443,10 @@ def test_grid_runs_each_once(folder, tmp_path, grid):
     flags = [f'@{ROOT}/recipes/ablation_quick.txt', '--data_path', str(folder), '--output_dir', str(tmp_path / 'out')]
     flags += ['--pretrain_flags', '--total_batch_size 16 --crop rrc --seed 7']  # undone by the grid's
     args = ablation.get_parser().parse_args([*flags, '--grid', grid, '--images', '32', '--labelled', '60'])
+    args.data_path = str(tmp_path / 'mistyped')
+    with pytest.raises(InputError, match='mistyped'):
+        ablation.prepare(args)
+    args.data_path = str(folder)
     ablation.prepare(args)
     count = {name: len(list((tmp_path / 'out/data' / name).rglob('*.npy'))) for name in ('images', 'labelled', 'val')}
     assert count == {'images': 32, 'labelled': 60, 'val': 20}

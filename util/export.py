@@ -9,6 +9,7 @@ import json
 import os
 
 import timm
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from models_mff import MODELS
@@ -80,11 +81,13 @@ def export(path, output_dir):
             files.append('pretraining/model.safetensors')  # apart: timm takes the only one beside config.json
             os.makedirs(os.path.join(output_dir, 'pretraining'), exist_ok=True)
             save_tensors(whole, os.path.join(output_dir, files[-1]), metadata)
+        elif os.path.exists(os.path.join(output_dir, 'pretraining/model.safetensors')):  # of an earlier export
+            os.remove(os.path.join(output_dir, 'pretraining/model.safetensors'))
         for file_name, text in zip(files[1:], [json.dumps(config, indent=2), model_card(name, flags, state, config)]):
             with open(os.path.join(output_dir, file_name), 'w', encoding='utf-8') as file:
                 file.write(text + '\n')
-    except OSError as error:
-        raise InputError(f'{output_dir}: cannot write there ({error.strerror})') from None
+    except (OSError, SafetensorError) as error:
+        raise InputError(f'{output_dir}: cannot write there ({getattr(error, "strerror", None) or error})') from None
     what = f'the classifier of {config["num_classes"]} classes' if config['num_classes'] else 'the encoder'
     return (
         f'In {output_dir}: {", ".join(files)}\n'
@@ -155,7 +158,7 @@ def model_card(name, flags, state, config):
     channels, height, width = config['pretrained_cfg']['input_size']
     fused = flags.get('fuse_layers') or defaults(name)['fuse_layers']
     if not pretraining:
-        tags, title = ['timm'], f'Classifier {name}'
+        tags, title = ['timm'], f'{"Classifier" if num_classes else "Encoder"} {name}'
         method = 'Trained with a PyTorch implementation of MFF, which is cited below.'
     elif len(fused) > 1:
         tags = ['timm', 'masked-image-modeling', 'mff']
@@ -169,7 +172,7 @@ def model_card(name, flags, state, config):
         'architecture': f'{name}, {config["num_features"]} wide, {config["model_args"]["depth"]} blocks',
         'input': f'{channels} x {height} x {width}, mean {flatten(config["pretrained_cfg"]["mean"])}, '
         f'std {flatten(config["pretrained_cfg"]["std"])}',
-        'trained': f'{state.get("epoch", "?")} epochs, {state.get("step", "?")} steps',
+        'trained': f'{state["epoch"]} epochs, {state["step"]} steps' if 'step' in state else None,
         'classes': num_classes or None,
         'fused blocks': flatten(fused) if pretraining else None,
         'mask ratio': flags.get('mask_ratio'),

@@ -20,7 +20,7 @@ def read_flags(path):
     Raises:
         InputError: as weights.read_weights, or if it is of no size in MODELS.
     """
-    usual = {'in_chans': 3, 'mean': None, 'std': None, 'fuse_layers': None, 'norm_pix_loss': True, 'mask_ratio': 0.75}
+    usual = {'in_chans': 3, 'mean': None, 'std': None, 'fuse_layers': None, 'norm_pix_loss': None, 'mask_ratio': 0.75}
     args = weights.read_file(path).get('args')
     if isinstance(args, dict) and 'model' in args:
         return argparse.Namespace(**usual | args)
@@ -38,11 +38,15 @@ def read_flags(path):
 
 
 def load_model(path):
-    """(pre-training model, flags) of a checkpoint of any known origin. InputError if it has no decoder, or as above."""
+    """(pre-training model, flags) of a checkpoint of any known origin. InputError if it has no decoder, or as above.
+
+    Files that do not say how their pixels were predicted count as standardised in each patch; flags keep the None.
+    """
     flags = read_flags(path)
     flags.model = 'mff_' + flags.model.removeprefix('mff_')
     with as_input_error():
         model = design_choices.create_model(flags)
+    model.norm_pix_loss = flags.norm_pix_loss is not False
     weights.load_weights(model, path, whole=True)
     return model.eval(), flags
 
@@ -59,19 +63,24 @@ def load_encoder(path):
 
 
 def titles(paths):
-    """What tells checkpoints or folders apart: the ends of their paths, without a last part that all share.
+    """What tells checkpoints or folders apart: their names, else the folders they are in, else both."""
+    folders, names = zip(*(os.path.split(os.path.abspath(path).removesuffix('.pth')) for path in paths))
+    checkpoints = any(name.startswith('checkpoint-') for name in names)  # whose names say nothing about the run
+    if len(set(names)) == len(names) and not (checkpoints and len(set(folders)) > 1):
+        if names != (os.path.splitext(checkpoint.LAST)[0],):
+            return list(names)
+    ends = different_ends(folders)
+    return ends if len(set(names)) == 1 else [os.path.join(*both) for both in zip(ends, names)]
 
-    One checkpoint, or several that are all checkpoint-last.pth, go by their folders.
-    """
-    parts = [os.path.abspath(path).removesuffix('.pth').split(os.sep) for path in paths]
-    last = os.path.splitext(checkpoint.LAST)[0]
-    if all(part[-1] == last for part in parts):
-        parts = [part[:-1] for part in parts]
+
+def different_ends(folders):
+    """The shortest ends of absolute paths that differ where these do, without a last part that all share."""
+    parts = [folder.split(os.sep) for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
-        ends = [tuple(part[-length:]) for part in parts]
-        if len(set(ends)) == len(ends):
+        ends = [part[-length:] for part in parts]
+        if len(set(map(tuple, ends))) == len(set(folders)):
             break
-    while min(map(len, ends)) > 1 and len({end[-1] for end in ends}) == 1:
+    while len({end[-1] for end in ends}) == 1 and min(map(len, ends)) > 1:
         ends = [end[:-1] for end in ends]
     return list(map(os.sep.join, ends))
 

@@ -120,10 +120,10 @@ def read(path):
     """The entries of a log.jsonl, as dicts; what a kill cut off is left out, and a missing file is empty."""
     entries = []
     if os.path.exists(path):
-        with open(path) as file:
+        with open(path, errors='replace') as file:
             for line in file:
                 try:
                     entries.append(json.loads(line))
                 except json.JSONDecodeError:
                     pass
-    return entries
+    return [entry for entry in entries if isinstance(entry, dict)]

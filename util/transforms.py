@@ -29,7 +29,7 @@ warnings.filterwarnings('ignore', module='PIL')  # of odd metadata, of large ima
 def read_image(path, in_chans=3):
     """decode_image of a file. Raises OSError if it cannot be read, and ValueError as decode_image does."""
     with open(path, 'rb') as file:
-        return decode_image(file.read(), path, in_chans)
+        return decode_image(file.read(), str(path), in_chans)
 
 
 def decode_image(content, path, in_chans=3):
@@ -83,6 +83,8 @@ def pil_to_tensor(image, in_chans):
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith('I') or image.mode == 'F':  # 16 or 32 bits: PIL's convert would clip at 255
         pixels = np.asarray(image, dtype=np.float32)
+        if image.mode == 'F' and 0 < pixels.max() <= 1:
+            raise ValueError('floating-point pixels of 0..1, where files have 0..255; store them as .npy')
         image = Image.fromarray((pixels / 257 if image.mode != 'F' else pixels).round().clip(0, 255).astype(np.uint8))
     return v2.functional.pil_to_tensor(image.convert('RGB' if in_chans == 3 else 'L'))
 

@@ -5,7 +5,8 @@
     python -m util.visualize fusion CHECKPOINT [CHECKPOINT ...]
     python -m util.visualize spectrum CHECKPOINT [CHECKPOINT ...] --images IMAGE [IMAGE ...]
 
-Checkpoints are of any origin that util/weights.py knows. The functions return matplotlib figures, for notebooks.
+Checkpoints are of any origin that util/weights.py knows. The functions return matplotlib figures, for notebooks: there
+after `%matplotlib inline` (docs/companion.md has an example).
 """
 
 import argparse
@@ -13,12 +14,15 @@ import itertools
 import os
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from models_mff import create_untrained_encoder
 from util import log, transforms
 from util.args import ArgumentParser, InputError, number, run
 from util.features import block_features, depth_colour, load_encoder, load_model, spectrum_figure, titles
+
+LINE_STYLES = ['-', '--', ':', '-.']
 
 
 @torch.no_grad()
@@ -32,7 +36,7 @@ def reconstruct(model, imgs, mask_ratio=0.75, noise=None):
     model.eval()
     _, pred, mask = model(imgs, mask_ratio, noise)  # (N, L, p*p*C), (N, L)
     if model.norm_pix_loss:
-        target = model.patchify(model.low_frequency_target(imgs) if getattr(model, 'lowpass', False) else imgs)
+        target = model.patchify(model.low_frequency_target(imgs) if is_lowpass(model) else imgs)
         pred = pred.float() * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)
     reconstruction = model.unpatchify(pred.float())
     removed = model.unpatchify(mask.unsqueeze(-1).expand_as(pred))  # 1 where removed
@@ -40,7 +44,10 @@ def reconstruct(model, imgs, mask_ratio=0.75, noise=None):
 
 
 def reconstruction_figure(model, imgs, statistics, mask_ratio=0.75, noise=None):
-    """Figure with a row for each of imgs (N, C, H, W): input, masked, reconstruction, with visible patches pasted."""
+    """Figure with a row for each of imgs (N, C, H, W): input, masked, reconstruction, with visible patches pasted.
+
+    statistics: (mean, std) by which imgs are normalised.
+    """
     columns = {
         'input': imgs,
         **dict(zip(['masked', 'reconstruction', 'with visible patches'], reconstruct(model, imgs, mask_ratio, noise))),
@@ -48,62 +55,83 @@ def reconstruction_figure(model, imgs, statistics, mask_ratio=0.75, noise=None):
     mean, std = (torch.as_tensor(values).view(-1, 1, 1) for values in statistics)
     inputs = imgs.float().cpu() * std + mean
     low, high = inputs.min().clamp(max=0), inputs.max().clamp(min=1)  # 0 and 1, but for arrays of another range
-    aspect = imgs.shape[2] / imgs.shape[3]
-    figure = Figure(figsize=(7, 1.75 * aspect * len(imgs) + 0.7), layout='constrained', dpi=100)
-    axes = figure.subplots(len(imgs), len(columns), squeeze=False)
-    for column, (title, pictures) in enumerate(columns.items()):
-        axes[0, column].set_title(title, fontsize=10)
+    rows, channels, height, width = imgs.shape
+    gap = max(1, height // 16)
+    figure = Figure(figsize=(7, 1.75 * (height + gap) / width * rows + 0.7), layout='constrained', dpi=100)
+    for axes, (title, pictures) in zip(figure.subplots(1, len(columns)), columns.items()):
+        axes.set_title(title, fontsize=10)
         shades = (pictures.float().cpu() * std + mean - low) / (high - low)
-        for row, picture in enumerate(shades.numpy()):
-            grey = picture.shape[0] != 3
-            shown = picture.mean(0) if grey else picture.transpose(1, 2, 0)
-            axes[row, column].imshow(shown.clip(0, 1), cmap='gray' if grey else None, vmin=0, vmax=1)
-            axes[row, column].axis('off')
+        shades = (shades if channels == 3 else shades.mean(1, keepdim=True).expand(-1, 3, -1, -1)).clamp(0, 1)
+        shades = F.pad(shades, (0, 0, 0, gap), value=1)  # white below each
+        axes.imshow(shades.permute(0, 2, 3, 1).flatten(0, 1).numpy())
+        axes.axis('off')
     figure.supxlabel(
         f'{mask_ratio:.0%} of the patches hidden; '
         + (
             'predictions un-normalised with the true mean and deviation of each patch (leaks them)'
             if model.norm_pix_loss
             else 'pixels as predicted'
-        ),
+        )
+        + "; PixMIM's target" * is_lowpass(model),
         fontsize=8,
     )
     return figure
 
 
+def is_lowpass(model):
+    """Whether its target is PixMIM's (util/design_choices.py)."""
+    return getattr(model, 'lowpass', False)
+
+
 def curves_figure(output_dirs):
     """Figure of loss and fusion weights over training, and the final weights, from log.jsonl of one or more runs.
 
-    The MFF paper's weights of the fused levels in the course of training.
+    The MFF paper's weights of the fused levels in the course of training. Runs without fusion have their loss alone.
+    Raises InputError where there is no log.
     """
-    figure = Figure(figsize=(12, 3.5), layout='constrained', dpi=100)
-    loss_axes, weight_axes, final_axes = figure.subplots(1, 3)
-    weights = {}  # of each run, {layer: points}
-    for run_index, (title, output_dir) in enumerate(zip(titles(output_dirs), output_dirs)):
-        entries = [entry for entry in log.read(os.path.join(output_dir, 'log.jsonl')) if 'step' in entry]
-        for name in sorted({name for entry in entries for name in entry}):
-            points = [(entry['epoch'], entry[name]) for entry in entries if name in entry]
-            if name in ('loss', 'val_loss'):
-                style = '-' if name == 'loss' else 'o--'
-                loss_axes.plot(*zip(*points), style, color=f'C{run_index}', markersize=4, label=f'{title}, {name}')
-            elif name.startswith('fusion/'):
-                weights.setdefault(title, {})[int(name.removeprefix('fusion/layer_'))] = points
+    runs = {}  # title: {name: points}
+    for title, output_dir in zip(titles(output_dirs), output_dirs):
+        curves = runs.setdefault(title, {})
+        for entry in log.read(os.path.join(output_dir, 'log.jsonl')):
+            for name, value in entry.items():
+                if name in ('loss', 'val_loss') or name.startswith('fusion/'):
+                    curves.setdefault(name, []).append((entry['epoch'], value))
+        if not curves:
+            raise InputError(f'{output_dir}: no log.jsonl with a loss in it')
+    weights = {title: fusion_curves(curves) for title, curves in runs.items()}
     layers = sorted({layer for lines in weights.values() for layer in lines})
-    for layer in layers:  # a colour a layer, a line style a run
-        styles = zip(itertools.cycle(['-', '--', ':', '-.']), weights.values())
-        runs = [(style, lines[layer]) for style, lines in styles if layer in lines]
-        for index, (style, points) in enumerate(runs):
-            label = None if index else f'layer {layer}'
-            weight_axes.plot(*zip(*points), style, color=depth_colour(layer, layers[-1]), label=label)
+    columns = 3 if layers else 1
+    figure = Figure(figsize=(4 * columns, 3.5), layout='constrained', dpi=100)
+    loss_axes, *rest = figure.subplots(1, columns, squeeze=False)[0]
+    for index, (title, curves) in enumerate(runs.items()):
+        for name, style in (('loss', '-'), ('val_loss', 'o--')):
+            if name in curves:
+                label = f'{title}, {name}'
+                loss_axes.plot(*zip(*curves[name]), style, color=f'C{index}', markersize=4, label=label)
     loss_axes.set(xlabel='epoch', ylabel='loss')
-    weight_axes.set(xlabel='epoch', ylabel='fusion weight')
-    final = {title: {layer: points[-1][1] for layer, points in lines.items()} for title, lines in weights.items()}
-    draw_fusion_weights(final_axes, final)
-    for axes in (loss_axes, weight_axes):
+    if layers:
+        weight_axes, final_axes = rest
+        for layer in layers:  # a colour a layer, a line style a run
+            for style, lines in zip(itertools.cycle(LINE_STYLES), weights.values()):
+                if layer in lines:
+                    weight_axes.plot(*zip(*lines[layer]), style, color=depth_colour(layer, layers[-1]))
+            weight_axes.plot([], [], color=depth_colour(layer, layers[-1]), label=f'layer {layer}')
+        for style, (title, lines) in zip(itertools.cycle(LINE_STYLES), weights.items()):
+            if lines and len(runs) > 1:
+                weight_axes.plot([], [], style, color='grey', label=title)
+        weight_axes.set(xlabel='epoch', ylabel='fusion weight')
+        final = {title: {layer: points[-1][1] for layer, points in lines.items()} for title, lines in weights.items()}
+        draw_fusion_weights(final_axes, final)
+    for axes in (loss_axes, *rest[:1]):
         axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(fontsize=8)
+        axes.legend(fontsize=8)
     return figure
+
+
+def fusion_curves(curves):
+    """{layer: points} out of {name: points} of a run; none of plain MAE, whose one weight is always 1."""
+    lines = {int(name[-2:]): points for name, points in curves.items() if name.startswith('fusion/layer_')}
+    return lines if len(lines) > 1 else {}
 
 
 def fusion_figure(weights):
@@ -116,14 +144,14 @@ def fusion_figure(weights):
 def draw_fusion_weights(axes, weights):
     """Bars of {title: {layer: weight}}, a group a layer, a colour a title."""
     layers = sorted({layer for values in weights.values() for layer in values})
-    width = 0.8 / max(1, len(weights))
+    width = 0.8 / len(weights)
     for index, (title, values) in enumerate(weights.items()):
         places = [layers.index(layer) + (index - (len(weights) - 1) / 2) * width for layer in values]
-        axes.bar(places, list(values.values()), width, label=title)
+        if values:
+            axes.bar(places, list(values.values()), width, color=f'C{index}', label=title)
     axes.set(xlabel='layer', ylabel='fusion weight at the end', xticks=range(len(layers)), xticklabels=layers)
     axes.grid(alpha=0.3, axis='y')
-    if weights:
-        axes.legend(fontsize=8)
+    axes.legend(fontsize=8)
 
 
 def read_images(paths, flags, size):
@@ -139,7 +167,10 @@ def read_images(paths, flags, size):
 
 def draw_reconstruction(args):
     model, flags = load_model(args.checkpoint)
-    model.norm_pix_loss = model.norm_pix_loss if args.norm_pix_loss is None else args.norm_pix_loss
+    if args.norm_pix_loss is not None:
+        if flags.norm_pix_loss not in (None, args.norm_pix_loss):
+            raise InputError(f'{args.checkpoint} says itself how its pixels were predicted; leave --norm_pix_loss away')
+        model.norm_pix_loss = args.norm_pix_loss
     imgs = read_images(args.images, flags, model.patch_embed.img_size)
     noise = torch.rand(len(imgs), model.patch_embed.num_patches, generator=torch.Generator().manual_seed(args.seed))
     mask_ratio = flags.mask_ratio if args.mask_ratio is None else args.mask_ratio
@@ -147,23 +178,22 @@ def draw_reconstruction(args):
 
 
 def draw_curves(args):
-    for output_dir in args.output_dirs:
-        if not log.read(os.path.join(output_dir, 'log.jsonl')):
-            raise InputError(f'{output_dir}: no log.jsonl in it')
-    return curves_figure(args.output_dirs)
+    return curves_figure(list(dict.fromkeys(args.output_dirs)))
 
 
 def draw_fusion(args):
-    models = [load_model(path)[0] for path in args.checkpoints]
-    for path, model in zip(args.checkpoints, models):
-        if not len(model.fusion_weights):
-            raise InputError(f'{path}: it fuses by attention, which has no weights of its own to show')
-    weights = [dict(zip(model.fuse_layers, model.fusion_weights.tolist())) for model in models]
-    return fusion_figure(dict(zip(titles(args.checkpoints), weights)))
+    paths, weights = list(dict.fromkeys(args.checkpoints)), []
+    for path in paths:
+        model, _ = load_model(path)
+        if len(model.fusion_weights) < 2:
+            raise InputError(f'{path}: no fusion weights to show; it is plain MAE, or fuses by attention')
+        weights.append(dict(zip(model.fuse_layers, model.fusion_weights.tolist())))
+    return fusion_figure(dict(zip(titles(paths), weights)))
 
 
 def draw_spectrum(args):
-    encoders = dict(zip(titles(args.checkpoints), map(load_encoder, args.checkpoints)))
+    paths = list(dict.fromkeys(args.checkpoints))
+    encoders = dict(zip(titles(paths), map(load_encoder, paths)))
     if args.random:
         torch.manual_seed(args.seed)
         flags = next(iter(encoders.values()))[1]
@@ -176,16 +206,23 @@ def draw_spectrum(args):
 
 
 def main(args):
-    figure, out = args.draw(args), args.out or f'{args.figure}.png'
+    out = args.out or f'{args.figure}.png'
+    if os.path.isdir(out) or not os.path.basename(out):
+        raise InputError(f'--out {out} is a folder; name a file in it')
+    out = out if os.path.splitext(out)[1] else f'{out}.png'
+    figure = args.draw(args)
     try:
         figure.savefig(out)
-        if args.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f'{out}: {getattr(error, "strerror", None) or error}') from None
+    if args.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
 
+        try:
             with SummaryWriter(args.tensorboard) as board:
                 board.add_figure(args.figure, figure)
-    except (OSError, ValueError) as error:
-        raise InputError(f'{out}: {error}') from None
+        except OSError as error:
+            raise InputError(f'--tensorboard {args.tensorboard}: {error.strerror}') from None
     print(f'wrote {out}')
 
 
@@ -204,7 +241,7 @@ def get_parser():
     one.add_argument('checkpoint')
     one.add_argument('images', nargs='+')
     one.add_argument('--mask_ratio', type=number(float, 0, 0.999), help='(default: that of the training)')
-    one.add_argument('--seed', type=number(int, 0), default=0, help='of the masks')
+    one.add_argument('--seed', type=number(int, 0, 2**63 - 1), default=0, help='of the masks')
     boolean = argparse.BooleanOptionalAction
     one.add_argument('--norm_pix_loss', action=boolean, help='for files that do not say it (default: yes)')
     one = add_figure('curves', draw_curves, 'loss and fusion weights over training')
@@ -215,7 +252,7 @@ def get_parser():
     one.add_argument('checkpoints', nargs='+')
     one.add_argument('--images', nargs='+', required=True, metavar='IMAGE')
     one.add_argument('--random', action='store_true', help='beside them, the first network with random weights')
-    one.add_argument('--seed', type=number(int, 0), default=0, help='of the random weights')
+    one.add_argument('--seed', type=number(int, 0, 2**63 - 1), default=0, help='of the random weights')
     return parser
 
 
