@@ -17,7 +17,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -138,21 +137,23 @@ def prepare(args):
     if os.path.exists(path):
         with open(path) as file:
             before = json.load(file)
+        trained = glob.glob(os.path.join(args.output_dir, '*', 'pretrain'))
+        fixed = settings if trained else ['data_path', 'images', 'labelled', 'val_images']
         changed = [
-            f'--{name} {before.get(name)} -> {value}' for name, value in settings.items() if before.get(name) != value
+            f'--{name} {before.get(name)} -> {settings[name]}' for name in fixed if before.get(name) != settings[name]
         ]
-        if changed and glob.glob(os.path.join(args.output_dir, '*', 'pretrain')):
-            raise InputError(f'{args.output_dir} holds runs of another experiment: {", ".join(changed)}')
-        if changed:  # nothing is trained yet
-            shutil.rmtree(os.path.join(args.output_dir, 'data'), ignore_errors=True)
+        if changed:
+            raise InputError(
+                f'{args.output_dir} holds another experiment: {", ".join(changed)}; name another --output_dir'
+            )
+    wanted = zip(data_folders(args), ['train', 'train', 'val'], [args.images, args.labelled, args.val_images])
+    missing = [(folder, split, count) for folder, split, count in wanted if not os.path.exists(folder)]
+    sources = [data.open_source(args.data_path, split, size=(32, 32), labelled=True) for _, split, _ in missing]
+    if any(source is None or source.classes is None for source in sources):
+        raise InputError(f'{args.data_path}: labelled training and validation images are needed')
     write_json(path, settings)
-    splits, counts = ('train', 'train', 'val'), (args.images, args.labelled, args.val_images)
-    for folder, split, count in zip(data_folders(args), splits, counts):
-        if not os.path.exists(folder):
-            source = data.open_source(args.data_path, split, size=(32, 32), labelled=True)
-            if source is None or source.classes is None:
-                raise InputError(f'{args.data_path}: labelled training and validation images are needed')
-            write_arrays(source, count or len(source), folder)
+    for (folder, _, count), source in zip(missing, sources):
+        write_arrays(source, count or len(source), folder)
 
 
 def write_json(path, content):

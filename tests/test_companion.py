@@ -446,8 +446,14 @@ def test_grid_runs_each_once(folder, tmp_path, grid):
     args.data_path = str(tmp_path / 'mistyped')
     with pytest.raises(InputError, match='mistyped'):
         ablation.prepare(args)
-    args.data_path = str(folder)
+    args.data_path, args.epochs = str(folder), 7
     ablation.prepare(args)
+    args.epochs = 2  # nothing is trained yet
+    ablation.prepare(args)
+    args.images = 33
+    with pytest.raises(InputError, match='another experiment: --images 32 -> 33;'):
+        ablation.prepare(args)
+    args.images = 32
     count = {name: len(list((tmp_path / 'out/data' / name).rglob('*.npy'))) for name in ('images', 'labelled', 'val')}
     assert count == {'images': 32, 'labelled': 60, 'val': 20}
     mains = FakeMains()
@@ -468,6 +474,41 @@ def test_grid_runs_each_once(folder, tmp_path, grid):
     args.epochs = 3
     with pytest.raises(InputError, match='another experiment: --epochs 2 -> 3'):
         ablation.prepare(args)
+
+
+def test_report_of_what_is_complete(folder, tmp_path, monkeypatch):
+    """The sixth run fails: a report of the five before, a seed of all variants first; the same line ends it."""
+
+    class FailingMains(FakeMains):
+        failing = True
+
+        def run(self, job, output, *flags):
+            if self.failing and 'MFF-simple-seed1' in output:
+                raise InputError('out of luck')
+            return super().run(job, output, *flags)
+
+        def stop(self):
+            pass
+
+    mains = FailingMains()
+    monkeypatch.setattr(ablation, 'Processes', lambda args: mains)
+    monkeypatch.setattr(signal, 'signal', lambda *_: None)
+    flags = [f'@{ROOT}/recipes/ablation_quick.txt', '--data_path', str(folder), '--output_dir', str(tmp_path)]
+    args = ablation.get_parser().parse_args([*flags, '--jobs', '1', '--images', '32', '--val_images', '900'])
+    with pytest.raises(InputError, match='out of luck'):
+        ablation.main(args)
+    table = (tmp_path / 'report_fusion/table.md').read_text()
+    assert (
+        'Complete runs: 5 of 8' in table
+        and 'over seeds (1 or 2 each' in table
+        and f'torch {torch.__version__}' in table
+    )
+    assert 'Pre-training: 32 images' in table and 'on 20 validation images' in table  # there are no 900
+    assert '| MAE, simple | 0.700 ± 0.000 |' in table and '| MFF, rrc less MAE, rrc | +0.000 |' in table
+    mains.failing = False
+    ablation.main(args)
+    assert 'Complete runs: 8 of 8' in (tmp_path / 'report_fusion/table.md').read_text()
+    assert len(mains.started) == 5 * 8
 
 
 def test_images_are_decoded_once(folder, tmp_path):
