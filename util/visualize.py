@@ -22,8 +22,6 @@ from util import log, transforms
 from util.args import ArgumentParser, InputError, number, run
 from util.features import block_features, depth_colour, load_encoder, load_model, spectrum_figure, titles
 
-LINE_STYLES = ['-', '--', ':', '-.']
-
 
 @torch.no_grad()
 def reconstruct(model, imgs, mask_ratio=0.75, noise=None):
@@ -99,32 +97,21 @@ def curves_figure(output_dirs):
         if not curves:
             raise InputError(f'{output_dir}: no log.jsonl with a loss in it')
     weights = {title: fusion_curves(curves) for title, curves in runs.items()}
-    layers = sorted({layer for lines in weights.values() for layer in lines})
-    columns = 3 if layers else 1
+    columns = 3 if any(weights.values()) else 1
     figure = Figure(figsize=(4 * columns, 3.5), layout='constrained', dpi=100)
-    loss_axes, *rest = figure.subplots(1, columns, squeeze=False)[0]
+    loss_axes, *fusion_axes = figure.subplots(1, columns, squeeze=False)[0]
     for index, (title, curves) in enumerate(runs.items()):
         for name, style in (('loss', '-'), ('val_loss', 'o--')):
             if name in curves:
                 label = f'{title}, {name}'
                 loss_axes.plot(*zip(*curves[name]), style, color=f'C{index}', markersize=4, label=label)
     loss_axes.set(xlabel='epoch', ylabel='loss')
-    if layers:
-        weight_axes, final_axes = rest
-        for layer in layers:  # a colour a layer, a line style a run
-            for style, lines in zip(itertools.cycle(LINE_STYLES), weights.values()):
-                if layer in lines:
-                    weight_axes.plot(*zip(*lines[layer]), style, color=depth_colour(layer, layers[-1]))
-            weight_axes.plot([], [], color=depth_colour(layer, layers[-1]), label=f'layer {layer}')
-        for style, (title, lines) in zip(itertools.cycle(LINE_STYLES), weights.items()):
-            if lines and len(runs) > 1:
-                weight_axes.plot([], [], style, color='grey', label=title)
-        weight_axes.set(xlabel='epoch', ylabel='fusion weight')
+    loss_axes.grid(alpha=0.3)
+    loss_axes.legend(fontsize=8)
+    if fusion_axes:
+        draw_fusion_curves(fusion_axes[0], weights)
         final = {title: {layer: points[-1][1] for layer, points in lines.items()} for title, lines in weights.items()}
-        draw_fusion_weights(final_axes, final)
-    for axes in (loss_axes, *rest[:1]):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        draw_fusion_weights(fusion_axes[1], final)
     return figure
 
 
@@ -132,6 +119,24 @@ def fusion_curves(curves):
     """{layer: points} out of {name: points} of a run; none of plain MAE, whose one weight is always 1."""
     lines = {int(name[-2:]): points for name, points in curves.items() if name.startswith('fusion/layer_')}
     return lines if len(lines) > 1 else {}
+
+
+def draw_fusion_curves(axes, weights):
+    """Lines of {title: {layer: points}}: a colour a layer, a line style a title."""
+    layers = sorted({layer for lines in weights.values() for layer in lines})
+    styles = dict(zip(weights, itertools.cycle(['-', '--', ':', '-.'])))
+    for layer in layers:
+        colour = depth_colour(layer, layers[-1])
+        axes.plot([], [], color=colour, label=f'layer {layer}')
+        for title, lines in weights.items():
+            if layer in lines:
+                axes.plot(*zip(*lines[layer]), styles[title], color=colour)
+    for title, lines in weights.items():
+        if lines and len(weights) > 1:
+            axes.plot([], [], styles[title], color='grey', label=title)
+    axes.set(xlabel='epoch', ylabel='fusion weight')
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
 
 
 def fusion_figure(weights):
