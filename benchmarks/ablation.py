@@ -1,7 +1,7 @@
 """What fusion alone is worth: MAE and MFF at equal crop and equal budget, over several seeds, in one command.
 
     python -m benchmarks.ablation @recipes/ablation_quick.txt --data_path shapes       # minutes on a CPU, a toy
-    python -m benchmarks.ablation @recipes/ablation_cpu.txt --data_path CIFAR10        # 2.5 hours on two cores
+    python -m benchmarks.ablation @recipes/ablation_cpu.txt --data_path CIFAR10        # 3 hours on two cores
     python -m benchmarks.ablation @recipes/ablation_gpu.txt --data_path CIFAR10        # one GPU; half an hour, a guess
 
 The released recipe changes MAE's crop together with the fusion. Here each is changed alone: {MAE, MFF} x {simple

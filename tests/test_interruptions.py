@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import re
 import resource
 import signal
 import socket
@@ -320,7 +321,8 @@ def test_torchrun_restarts_a_killed_process(pretrain, small_run, tmp_path):
         *small_run('killed', '--save_every', '2'),
     )
     output, _ = torchrun(*flags, TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1').communicate(timeout=300)
-    assert 'steps 0 to 12' in output and 'steps 4 to 12' in output, output
+    # The checkpoint of step 4 may still have been on its way to the disk: then from that of step 2.
+    assert re.findall(r'steps (\d+) to 12', output) in (['0', '4'], ['0', '2']), output
     job = torchrun('--standalone', '--nproc_per_node=2', 'main_pretrain.py', *small_run('unharmed'))
     job.communicate(timeout=300)
     assert same_weights(Result(tmp_path / 'killed'), Result(tmp_path / 'unharmed'))
