@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from util import log
 from util.features import depth_colour
+from util.visualize import fusion_curves, read_curves
 
 COLOURS = [*colormaps['tab20'].colors[::2], *colormaps['tab20'].colors[1::2]]  # the usual ten, and ten light ones
 MEASURES = {'loss': 'validation loss', 'knn': '20-NN', 'linprobe': 'linear probe', 'finetune': 'fine-tuning'}
@@ -107,10 +107,7 @@ def loss_figure(results):
     axes = figure.subplots()
     for index, (name, group) in enumerate(by_variant(results).items()):
         for number_, result in enumerate(group):
-            entries = [
-                entry for entry in log.read(os.path.join(result['folder'], 'pretrain/log.jsonl')) if 'loss' in entry
-            ]
-            points = [(entry['epoch'], entry['loss']) for entry in entries]
+            points = read_curves(os.path.join(result['folder'], 'pretrain'))['loss']
             axes.plot(*zip(*points), color=COLOURS[index], linewidth=0.8, label=None if number_ else name)
     axes.set(xlabel='epoch', ylabel='pre-training loss')
     axes.grid(alpha=0.3)
@@ -138,10 +135,8 @@ def fusion_figure(results):
     """Fusion weights over training: a panel a variant that learns some, a colour a layer, a line a seed."""
     panels = {}
     for result in results:
-        entries = [e for e in log.read(os.path.join(result['folder'], 'pretrain/log.jsonl')) if 'loss' in e]
-        names = [name for name in entries[-1] if name.startswith('fusion/')]
-        if len(names) > 1:
-            lines = {int(name[-2:]): [(entry['epoch'], entry[name]) for entry in entries] for name in names}
+        lines = fusion_curves(read_curves(os.path.join(result['folder'], 'pretrain')))
+        if lines:
             panels.setdefault(result['variant'], []).append(lines)
     columns = max(1, min(len(panels), 3))
     rows = max(1, -(-len(panels) // columns))

@@ -89,12 +89,8 @@ def curves_figure(output_dirs):
     """
     runs = {}  # title: {name: points}
     for title, output_dir in zip(titles(output_dirs), output_dirs):
-        curves = runs.setdefault(title, {})
-        for entry in log.read(os.path.join(output_dir, 'log.jsonl')):
-            for name, value in entry.items():
-                if name in ('loss', 'val_loss') or name.startswith('fusion/'):
-                    curves.setdefault(name, []).append((entry['epoch'], value))
-        if not curves:
+        runs[title] = read_curves(output_dir)
+        if not runs[title]:
             raise InputError(f'{output_dir}: no log.jsonl with a loss in it')
     weights = {title: fusion_curves(curves) for title, curves in runs.items()}
     columns = 3 if any(weights.values()) else 1
@@ -115,8 +111,18 @@ def curves_figure(output_dirs):
     return figure
 
 
+def read_curves(output_dir):
+    """{name: [(epoch, value)]} of the losses and fusion weights in a run's log.jsonl; nothing where there is none."""
+    curves = {}
+    for entry in log.read(os.path.join(output_dir, 'log.jsonl')):
+        for name, value in entry.items():
+            if name in ('loss', 'val_loss') or name.startswith('fusion/'):
+                curves.setdefault(name, []).append((entry['epoch'], value))
+    return curves
+
+
 def fusion_curves(curves):
-    """{layer: points} out of {name: points} of a run; none of plain MAE, whose one weight is always 1."""
+    """{layer: points} out of read_curves; none of plain MAE, whose one weight is always 1."""
     lines = {int(name[-2:]): points for name, points in curves.items() if name.startswith('fusion/layer_')}
     return lines if len(lines) > 1 else {}
 
