@@ -1,22 +1,29 @@
 """Multi-level Feature Fusion (MFF) for masked autoencoders, in one file.
 
 Liu, Zhang, Chen, Yu, Chen, Lin: "Improving Pixel-based MIM by Reducing Wasted Modeling Capability",
-ICCV 2023, arXiv 2308.00261. Equal to mmpretrain 1.2.0's MFF: tests/test_model.py compares every number.
+ICCV 2023, arXiv 2308.00261. tests/test_model.py compares every number with mmpretrain 1.2.0's MFF.
 
-A masked autoencoder (MAE) whose decoder sees more than the encoder's last block. With x_i the output of
-encoder block i, and fused layers i_1 < ... < i_K of which the last is the last block:
+A masked autoencoder (MAE) whose decoder sees several encoder blocks instead of the last one only (figure 3):
 
-    z      = sum_k softmax(w)_k * P_k(x_{i_k})       P_k: Linear for k < K, the identity for k = K
-    latent = LayerNorm(z)                            the encoder's final norm, over all tokens, cls included
+    image -> visible patches -> block 0 -> block 1 -> ... -> block i -> ... -> last block
+                                   |                            |                 |
+                                  x_1          ...             x_k      ...      x_K      K fused levels
+                                   |                            |                 |
+                                  P_1                          P_k             identity   P_k: Linear, k < K
+                                   |                            |                 |
+                                   +------- z = sum_k softmax(w)_k P_k(x_k) ------+       w: K trained numbers
+                                                        |
+                                              latent = LayerNorm(z)                       the encoder's final norm
+                                                        |
+                          mask tokens ->  decoder -> pixels of the hidden patches
 
-w starts as ones: every level starts with weight 1/K. Everything else is MAE. K = 1 is exactly MAE, without
-any fusion parameter. Downstream the fusion is dropped: the encoder's names are those of timm's
-VisionTransformer, so its weights load there as they are.
+w starts as ones, so every level starts with weight 1/K. Lines marked "# MFF" are all that MAE does not have; with
+K = 1 none of them has an effect, and the model is exactly MAE. Downstream the fusion is dropped: the encoder has the
+parameter names of timm's VisionTransformer, so its weights load there unchanged.
 
-Deviations from the reference: none in the arithmetic. Images and patch grids may be rectangular, where the
-first half of the position embedding encodes the row and the second the column.
+Deviations from the reference: none in the arithmetic. Images and patch grids may be rectangles.
 
-Shapes: N batch, L patches, V = int(L * (1 - mask_ratio)) visible ones, D encoder width, E decoder width,
+Shapes: N batch, L patches, V = int(L * (1 - mask_ratio)) visible patches, D encoder width, E decoder width,
 K fused levels, p patch size, C channels.
 """
 
@@ -32,7 +39,7 @@ LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class MaskedAutoencoderMFF(nn.Module):
-    """Masked autoencoder with multi-level feature fusion.
+    """Masked autoencoder with multi-level feature fusion. Methods stand in the order in which they run.
 
     Args:
         img_size: side, or (H, W), of the input in pixels; a multiple of patch_size.
@@ -40,11 +47,11 @@ class MaskedAutoencoderMFF(nn.Module):
         in_chans: image channels C.
         embed_dim, depth, num_heads, mlp_ratio: the ViT encoder.
         decoder_embed_dim, decoder_depth, decoder_num_heads: the decoder (same mlp_ratio).
-        fuse_layers: indices of the fused blocks, strictly increasing; the last must be depth - 1.
+        fuse_layers: indices of the fused blocks, strictly increasing; the last must be depth - 1. One alone: MAE.
         norm_pix_loss: standardise each target patch by its own mean and variance.
 
     Raises:
-        ValueError: if sizes do not divide or fuse_layers is no such choice.
+        ValueError: if sizes do not divide, or fuse_layers is no such choice.
     """
 
     def __init__(
@@ -65,21 +72,15 @@ class MaskedAutoencoderMFF(nn.Module):
         super().__init__()
         img_size, fuse_layers = to_2tuple(img_size), tuple(fuse_layers)
         check_image_size(img_size, patch_size)
-        for name, dim, heads in [('', embed_dim, num_heads), ('decoder_', decoder_embed_dim, decoder_num_heads)]:
-            if dim % 4 or dim % heads:
-                raise ValueError(
-                    f'{name}embed_dim {dim} must be a multiple of 4 (position embedding) and of {name}num_heads {heads}'
-                )
-        if list(fuse_layers) != sorted(set(fuse_layers)) or not fuse_layers or fuse_layers[0] < 0:
-            raise ValueError(f'fuse_layers {list(fuse_layers)} must be increasing block indices from 0')
-        if fuse_layers[-1] != depth - 1:
-            raise ValueError(
-                f'fuse_layers {list(fuse_layers)} must end with the last block, which is {depth - 1} at depth {depth}'
-            )
-        self.in_chans, self.fuse_layers, self.norm_pix_loss = in_chans, fuse_layers, norm_pix_loss
+        check_width(embed_dim, num_heads)
+        check_width(decoder_embed_dim, decoder_num_heads, 'decoder_')
+        check_fuse_layers(fuse_layers, depth)
+        self.in_chans = in_chans
+        self.fuse_layers = fuse_layers
+        self.norm_pix_loss = norm_pix_loss
         self.grad_checkpointing = False  # see apply_block
 
-        # --- Encoder: a ViT with timm's parameter names -----------------------------------------------------
+        # --- Encoder: a ViT with timm's parameter names ---
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         num_patches = self.patch_embed.num_patches  # L
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -89,12 +90,12 @@ class MaskedAutoencoderMFF(nn.Module):
         )
         self.norm = LayerNorm(embed_dim)
 
-        # --- Multi-level feature fusion: the paper's addition to MAE ----------------------------------------
-        self.fuse_projs = nn.ModuleList(nn.Linear(embed_dim, embed_dim) for _ in fuse_layers[:-1])  # P_k, k < K
+        # --- Multi-level feature fusion: the paper's addition to MAE ---
+        self.fuse_projs = nn.ModuleList(nn.Linear(embed_dim, embed_dim) for _ in fuse_layers[:-1])  # MFF: P_k, k < K
         if len(fuse_layers) > 1:
-            self.fuse_logits = nn.Parameter(torch.ones(len(fuse_layers), 1, 1, 1))  # w
+            self.fuse_logits = nn.Parameter(torch.ones(len(fuse_layers), 1, 1, 1))  # MFF: w
 
-        # --- Decoder ----------------------------------------------------------------------------------------
+        # --- Decoder ---
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.register_buffer('decoder_pos_embed', torch.zeros(1, 1 + num_patches, decoder_embed_dim))  # fixed
@@ -121,7 +122,9 @@ class MaskedAutoencoderMFF(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
-        # Position: fixed 2-D sin-cos, [sin row, cos row, sin column, cos column]; zero for the cls token.
+        # Position: fixed 2-D sin-cos, zero for the cls token. The reference's order is [sin row, cos row, sin column,
+        # cos column]: sin and cos of one coordinate together, which timm calls interleaved; without it timm gives
+        # [sin row, sin column, cos row, cos column].
         for pos_embed in (self.pos_embed, self.decoder_pos_embed):
             pos_embed[0, 1:] = build_sincos2d_pos_embed(
                 self.patch_embed.grid_size, pos_embed.shape[-1], interleave_sin_cos=True
@@ -133,7 +136,7 @@ class MaskedAutoencoderMFF(nn.Module):
 
     @property
     def fusion_weights(self):
-        """softmax(w), the weight of each fused level, shape (K,)."""
+        """softmax(w), the weight of each fused level, shape (K,). 1 for plain MAE."""
         if len(self.fuse_layers) == 1:
             return self.cls_token.new_ones(1)
         return self.fuse_logits.flatten().softmax(0)
@@ -159,12 +162,13 @@ class MaskedAutoencoderMFF(nn.Module):
         x, mask, ids_restore = self.random_masking(x, mask_ratio, noise)  # (N, V, D)
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls_token, x], dim=1)  # (N, 1+V, D)
-        levels = []
+        levels = []  # MFF
         for i, block in enumerate(self.blocks):
-            x = self.apply_block(block, x)
-            if i in self.fuse_layers:
-                levels.append(x)
-        return self.norm(self.fuse(levels)), mask, ids_restore
+            x = self.apply_block(block, x)  # (N, 1+V, D)
+            if i in self.fuse_layers:  # MFF
+                levels.append(x)  # MFF
+        x = self.fuse(levels)  # MFF; MAE goes on with the last block's x
+        return self.norm(x), mask, ids_restore
 
     def random_masking(self, x, mask_ratio, noise=None):
         """Keep the V patches of x (N, L, D) with the smallest noise; per sample, as MAE does."""
@@ -183,12 +187,8 @@ class MaskedAutoencoderMFF(nn.Module):
         """z = sum_k softmax(w)_k P_k(x_k): K tensors (N, 1+V, D) -> (N, 1+V, D). Paper, figure 3."""
         if len(levels) == 1:
             return levels[0]  # plain MAE
-        projected = [proj(x) for proj, x in zip(self.fuse_projs, levels)] + [levels[-1]]
-        return sum(w * x for w, x in zip(self.fusion_weights, projected))
-
-    def apply_block(self, block, x):
-        """block(x); with grad_checkpointing the backward pass computes its activations again, and none are kept."""
-        return checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
+        projected = [proj(x) for proj, x in zip(self.fuse_projs, levels)] + [levels[-1]]  # MFF
+        return sum(w * x for w, x in zip(self.fusion_weights, projected))  # MFF
 
     def forward_decoder(self, latent, ids_restore):
         """latent (N, 1+V, D), ids_restore (N, L) -> pred (N, L, p*p*C)."""
@@ -212,6 +212,10 @@ class MaskedAutoencoderMFF(nn.Module):
         loss = (pred.float() - target).square().mean(dim=-1)  # (N, L)
         return (loss * mask).sum() / mask.sum()
 
+    def apply_block(self, block, x):
+        """block(x); with grad_checkpointing the backward pass computes its activations again, and none are kept."""
+        return checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
+
     def patchify(self, imgs):
         """imgs (N, C, H, W) -> patches (N, L, p*p*C), each in the order row, column, channel."""
         (h, w), (p, _) = self.patch_embed.grid_size, self.patch_embed.patch_size
@@ -224,92 +228,133 @@ class MaskedAutoencoderMFF(nn.Module):
         x = pred.reshape(-1, h, w, p, p, self.in_chans)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_chans, h * p, w * p)
 
+    @torch.no_grad()
+    def forward_features(self, imgs):
+        """imgs (N, C, H, W) -> (N, 1+L, D): what downstream work sees, nothing masked and nothing fused; as timm's."""
+        x = self.patch_embed(imgs) + self.pos_embed[:, 1:]  # (N, L, D)
+        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)  # (N, 1+L, D)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+# --- Argument checks ----------------------------------------------------------------------------------------------
+
 
 def check_image_size(img_size, patch_size):
-    """Raise ValueError if img_size (H, W) is not made of whole patches."""
-    if any(side < patch_size or side % patch_size for side in img_size):
+    """Raise ValueError unless img_size (H, W) is made of whole patches."""
+    if patch_size < 1 or any(side < patch_size or side % patch_size for side in img_size):
         raise ValueError(f'image size {img_size[0]} x {img_size[1]} is not a multiple of patch size {patch_size}')
 
 
-# Model sizes. Fused layers: the paper's for ViT-B; the authors' prototype for ViT-S; public use of MFF for
-# depth 24 and 32. The tiny one is ours, for 32-pixel images.
+def check_width(dim, num_heads, prefix=''):
+    """Raise ValueError unless a width divides into heads and into the four parts of the position embedding."""
+    if dim % 4 or dim % num_heads:
+        raise ValueError(
+            f'{prefix}embed_dim {dim} must be a multiple of 4 (position embedding) and of {prefix}num_heads {num_heads}'
+        )
+
+
+def check_fuse_layers(fuse_layers, depth):
+    """Raise ValueError unless the layers are increasing block indices of which the last is the last block."""
+    if not fuse_layers or list(fuse_layers) != sorted(set(fuse_layers)) or fuse_layers[0] < 0:
+        raise ValueError(f'fuse_layers {list(fuse_layers)} must be increasing block indices from 0')
+    if fuse_layers[-1] != depth - 1:
+        raise ValueError(
+            f'fuse_layers {list(fuse_layers)} must end with the last block, which is {depth - 1} at depth {depth}'
+        )
+
+
+# --- Model sizes --------------------------------------------------------------------------------------------------
+
+
+def default_fuse_layers(depth):
+    """Fused layers for any depth: every second to fourth block from 0, and the last.
+
+    Gives the paper's choice at depth 12 and that of public uses of MFF at depths 24 and 32.
+    """
+    step = max(1, min(4, depth // 6))
+    return (*range(0, max(depth - 2, min(depth - 1, 1)), step), depth - 1)
+
+
+# Arguments of MaskedAutoencoderMFF. Fused layers: the paper's for ViT-B; the authors' prototype for ViT-S; public
+# uses of MFF for depths 24 and 32. Nano and tiny, for 32-pixel images, are ours: nano for CPUs, tiny for one GPU.
 MODELS = {
-    'mff_vit_tiny_patch4': partial(
-        MaskedAutoencoderMFF,
-        img_size=32,
-        patch_size=4,
-        embed_dim=192,
-        depth=12,
-        num_heads=3,
-        decoder_embed_dim=96,
-        decoder_depth=4,
-        decoder_num_heads=3,
+    'vit_nano_patch4': dict(
+        img_size=32, patch_size=4, embed_dim=64, depth=4, num_heads=4, mlp_ratio=4.0,
+        decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=4, fuse_layers=(0, 1, 2, 3),
     ),
-    'mff_vit_small_patch16': partial(
-        MaskedAutoencoderMFF,
-        embed_dim=384,
-        depth=12,
-        num_heads=6,
-        fuse_layers=(3, 5, 7, 11),
-        decoder_embed_dim=384,
-        decoder_num_heads=12,
+    'vit_tiny_patch4': dict(
+        img_size=32, patch_size=4, embed_dim=192, depth=12, num_heads=3, mlp_ratio=4.0,
+        decoder_embed_dim=96, decoder_depth=4, decoder_num_heads=3, fuse_layers=(0, 2, 4, 6, 8, 11),
     ),
-    'mff_vit_base_patch16': partial(
-        MaskedAutoencoderMFF, embed_dim=768, depth=12, num_heads=12, fuse_layers=(0, 2, 4, 6, 8, 11)
+    'vit_small_patch16': dict(
+        img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6, mlp_ratio=4.0,
+        decoder_embed_dim=384, decoder_depth=8, decoder_num_heads=12, fuse_layers=(3, 5, 7, 11),
     ),
-    'mff_vit_large_patch16': partial(
-        MaskedAutoencoderMFF, embed_dim=1024, depth=24, num_heads=16, fuse_layers=(0, 4, 8, 12, 16, 20, 23)
+    'vit_base_patch16': dict(
+        img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0,
+        decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16, fuse_layers=(0, 2, 4, 6, 8, 11),
     ),
-    'mff_vit_huge_patch14': partial(
-        MaskedAutoencoderMFF,
-        patch_size=14,
-        embed_dim=1280,
-        depth=32,
-        num_heads=16,
-        fuse_layers=(0, 4, 8, 12, 16, 20, 24, 28, 31),
+    'vit_large_patch16': dict(
+        img_size=224, patch_size=16, embed_dim=1024, depth=24, num_heads=16, mlp_ratio=4.0,
+        decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16, fuse_layers=(0, 4, 8, 12, 16, 20, 23),
     ),
-}
+    'vit_huge_patch14': dict(
+        img_size=224, patch_size=14, embed_dim=1280, depth=32, num_heads=16, mlp_ratio=4.0,
+        decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16, fuse_layers=(0, 4, 8, 12, 16, 20, 24, 28, 31),
+    ),
+}  # fmt: skip
 
 
-def create_model(name, img_size=None, in_chans=3, fuse_layers=None, norm_pix_loss=True):
-    """A model of MODELS; None keeps what its size is defined with. Raises ValueError as the model does."""
-    if name not in MODELS:
-        raise ValueError(f"no model '{name}'; there are {', '.join(MODELS)}")
-    given = {'img_size': img_size, 'fuse_layers': fuse_layers}
-    return MODELS[name](
-        in_chans=in_chans,
-        norm_pix_loss=norm_pix_loss,
-        **{key: value for key, value in given.items() if value is not None},
-    )
-
-
-def create_encoder(name, img_size=None, in_chans=3, global_pool='avg', drop_path=0.0):
-    """timm's VisionTransformer of an encoder's size, for downstream work, where the fusion is dropped; without a head.
+def model_sizes(name, **changes):
+    """The arguments of MaskedAutoencoderMFF for one of MODELS, with changes.
 
     Args:
-        name: of MODELS, without 'mff_'.
-        global_pool: 'avg', the mean of the patch tokens, then a LayerNorm of its own (fine-tuning), or 'token', the
-            final LayerNorm, then the cls token (linear probing).
+        name: of MODELS; 'mff_' before it is accepted.
+        changes: any of the arguments; None leaves one as it is. A new depth without fuse_layers gets default_fuse_layers.
+
+    Returns:
+        dict, with img_size as (H, W) and in_chans.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    name = name.removeprefix('mff_')
+    if name not in MODELS:
+        raise ValueError(f"no model '{name}'; there are {', '.join(MODELS)}")
+    changes = {key: value for key, value in changes.items() if value is not None}
+    sizes = {'in_chans': 3, **MODELS[name], **changes}
+    if 'fuse_layers' not in changes and sizes['depth'] != MODELS[name]['depth']:
+        sizes['fuse_layers'] = default_fuse_layers(sizes['depth'])
+    sizes['img_size'] = to_2tuple(sizes['img_size'])
+    sizes['fuse_layers'] = tuple(sizes['fuse_layers'])
+    return sizes
+
+
+# --- Downstream: the plain encoder --------------------------------------------------------------------------------
+
+
+def create_encoder(sizes, global_pool='avg', drop_path=0.0):
+    """timm's VisionTransformer of an encoder's size, without a head. The fusion is dropped.
+
+    Args:
+        sizes: as model_sizes gives them; what belongs to decoder and fusion is ignored.
+        global_pool: 'avg': the mean of the patch tokens, then a LayerNorm of its own (fine-tuning); 'token': the final
+            LayerNorm, then the cls token (linear probe).
         drop_path: rate at the last block, growing linearly from 0 at the first.
 
     Raises:
-        ValueError: for an unknown name, or an image size that is not a multiple of the patch size.
+        ValueError: if the image size is not a multiple of the patch size, or the width of the number of heads.
     """
-    if f'mff_{name}' not in MODELS:
-        raise ValueError(f"no model '{name}'; there are {', '.join(key.removeprefix('mff_') for key in MODELS)}")
-    sizes = {'img_size': 224, 'patch_size': 16, **MODELS[f'mff_{name}'].keywords}
-    sizes = {key: sizes[key] for key in ('img_size', 'patch_size', 'embed_dim', 'depth', 'num_heads')}
-    sizes['img_size'] = to_2tuple(img_size or sizes['img_size'])
-    check_image_size(sizes['img_size'], sizes['patch_size'])
+    names = ('img_size', 'patch_size', 'in_chans', 'embed_dim', 'depth', 'num_heads', 'mlp_ratio')
+    encoder = {name: sizes[name] for name in names}
+    check_image_size(to_2tuple(sizes['img_size']), sizes['patch_size'])
+    check_width(sizes['embed_dim'], sizes['num_heads'])
     return VisionTransformer(
-        **sizes, in_chans=in_chans, num_classes=0, global_pool=global_pool, fc_norm=global_pool == 'avg',
+        **encoder,
+        num_classes=0,
+        global_pool=global_pool,
+        fc_norm=global_pool == 'avg',
         drop_path_rate=drop_path,
-    )  # fmt: skip
-
-
-def create_untrained_encoder(name, img_size=None, in_chans=3):
-    """create_encoder(..., 'token') with weights as pre-training starts from, not timm's: what it is compared with."""
-    encoder = create_encoder(name, img_size, in_chans, 'token')
-    start = create_model(f'mff_{name}', img_size, in_chans).state_dict()
-    encoder.load_state_dict({key: start[key] for key in encoder.state_dict()})
-    return encoder
+    )
