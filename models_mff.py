@@ -274,7 +274,7 @@ def default_fuse_layers(depth):
     Gives the paper's choice at depth 12 and that of public uses of MFF at depths 24 and 32.
     """
     step = max(1, min(4, depth // 6))
-    return (*range(0, max(depth - 2, min(depth - 1, 1)), step), depth - 1)
+    return tuple(sorted({*range(0, max(1, depth - 2), step), depth - 1}))
 
 
 # Arguments of MaskedAutoencoderMFF. Fused layers: the paper's for ViT-B; the authors' prototype for ViT-S; public
@@ -312,7 +312,7 @@ def model_sizes(name, **changes):
 
     Args:
         name: of MODELS; 'mff_' before it is accepted.
-        changes: any of the arguments; None leaves one as it is. A new depth without fuse_layers gets default_fuse_layers.
+        changes: any of the arguments; None leaves one as it is. A new depth gets default_fuse_layers.
 
     Returns:
         dict, with img_size as (H, W) and in_chans.

@@ -1,4 +1,4 @@
-"""Processes and devices: one process without torchrun, many with it, and the code is the same."""
+"""Processes and devices: one process without a launcher, many with torchrun, srun or mpirun; the code is the same."""
 
 import contextlib
 import os
@@ -8,22 +8,32 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from timm.utils.distributed import init_distributed_device_so, world_info_from_env
 from torch.nn.parallel import DistributedDataParallel
 
-from util.args import InputError
+from util.errors import InputError, RunError
+
+# Variables that launchers set: torchrun, srun, Open MPI, MPICH and Intel MPI.
+RANK = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK', 'PMI_RANK')
+WORLD_SIZE = ('WORLD_SIZE', 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE', 'PMI_SIZE')
+LOCAL_RANK = ('LOCAL_RANK', 'SLURM_LOCALID', 'OMPI_COMM_WORLD_LOCAL_RANK', 'MPI_LOCALRANKID')
+
+
+def from_launcher(names, default):
+    """(value, name) of the first of these variables that is set."""
+    return next(((int(os.environ[name]), name) for name in names if name in os.environ), (default, None))
 
 
 def world():
-    """(rank, world size) as the launcher set them (torchrun, SLURM, Open MPI); nothing is started."""
-    _, rank, world_size = world_info_from_env()
-    return rank, world_size
+    """(rank, world size) as the launcher set them; nothing is started."""
+    return from_launcher(RANK, 0)[0], from_launcher(WORLD_SIZE, 1)[0]
 
 
 def choose_device(name):
     """'auto', 'cuda', 'cuda:1', 'mps' or 'cpu' -> a device name that exists here; InputError if it does not."""
     if name == 'auto':
-        return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        if torch.cuda.is_available():
+            return 'cuda'
+        return 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
         kind = torch.device(name).type
     except RuntimeError:
@@ -39,29 +49,62 @@ def choose_device(name):
     return name
 
 
-def start(name):
+def start(name, join=True):
     """Join the process group, if there are several processes, and return this process's torch.device.
 
+    join=False: for work that one process does alone, whatever the launcher says.
+
     Raises:
-        InputError: if torchrun is to restart processes that fail, but in a way that cannot work.
+        InputError: if the launcher does not say where to meet, or would restart processes in a way that cannot work.
+        RunError: if the processes cannot connect.
     """
     torch.set_float32_matmul_precision('high')  # TF32 where the device has it
+    if join and world()[1] > 1:
+        join_group(name)
+    if name == 'cuda':  # a task may see fewer devices than there are tasks: srun --gpus-per-task
+        name = f'cuda:{from_launcher(LOCAL_RANK, 0)[0] % torch.cuda.device_count()}'
+    device = torch.device(name)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+    return device
+
+
+def join_group(name):
+    """Meet the other processes at MASTER_ADDR:MASTER_PORT, which torchrun sets."""
+    rank, (world_size, variable) = world()[0], from_launcher(WORLD_SIZE, 1)
     torchrun = {name: os.environ.get(f'TORCHELASTIC_{name}') for name in ('MAX_RESTARTS', 'USE_AGENT_STORE')}
     if torchrun['MAX_RESTARTS'] not in (None, '0') and torchrun['USE_AGENT_STORE'] == 'True':
         # Restarted processes would find the addresses of those before them (github.com/pytorch/pytorch/issues/135712).
         raise InputError(
-            'torchrun --max_restarts fails at the restart unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 stands before '
+            'torchrun --max_restarts fails at the restart unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is set for '
             'torchrun, and with static rendezvous always; use --rdzv_backend=c10d or --standalone'
         )
+    missing = [variable for variable in ('MASTER_ADDR', 'MASTER_PORT') if variable not in os.environ]
+    if missing:
+        raise InputError(
+            f'{variable}={world_size} says that {world_size} processes run, but {" and ".join(missing)} are not set; '
+            f'set them to a host and a free port, or, for a single process, unset {variable}'
+        )
+    if variable != 'WORLD_SIZE' and rank == 0:
+        print(f'Waiting for {world_size} processes ({variable}) at {os.environ["MASTER_ADDR"]}', flush=True)
     backend = 'cpu:gloo,cuda:nccl' if name.startswith('cuda') else 'gloo'  # StopRequest sums on the CPU
-    return torch.device(init_distributed_device_so(name, backend)['device'])
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=world_size)
+        barrier()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(
+            f'the {world_size} processes cannot connect ({reason}); where the name of a host resolves to 127.0.1.1, set '
+            'GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to its network interface, such as eth0'
+        ) from None
 
 
 def mixed_precision(amp, device):
     """(() -> autocast context, GradScaler) of --amp. The scaler skips updates that are not finite, on every device."""
     if amp == 'auto':
-        has_bf16 = device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
-        amp = 'none' if device.type != 'cuda' else 'bf16' if has_bf16 else 'fp16'
+        amp = 'none'
+        if device.type == 'cuda':
+            amp = 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
     dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(amp)
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
     return autocast, torch.amp.GradScaler(device.type) if amp == 'fp16' else UnitScaler(device.type, init_scale=1.0)
@@ -97,7 +140,7 @@ def wrap(model, device, compiled=False):
 
 
 def check_compiler(device):
-    """Compile a sum; where even that fails, as without a C++ compiler, InputError with the reason."""
+    """Compile a sum; where even that fails, as without a C++ compiler, raise an InputError with the reason."""
     try:
         torch.compile(torch.add)(*torch.ones(2, 2, device=device))
     except Exception as error:
@@ -106,16 +149,18 @@ def check_compiler(device):
 
 
 class StopRequest:
-    """Whether to stop: from SIGTERM, Ctrl-C, or SIGUSR1 (SLURM's warning), at any process. Within `with`.
+    """Whether to stop: from SIGTERM, Ctrl-C, or SIGUSR1 (SLURM's warning), at any process. Use it in a `with`.
 
     The first signal lets the step finish. A second one exits at once with 128 + its number, unless it comes within a
-    second: torchrun passes on what its processes have already got themselves.
+    second: torchrun passes on what its processes have already received. From agreed() on all are ignored: processes
+    wait until the checkpoint is on disk.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self):
         self.received = self.pending = None
+        self.stopping = False
 
     def __enter__(self):
         self.handlers = [signal.signal(number, self.receive) for number in self.SIGNALS]
@@ -128,16 +173,18 @@ class StopRequest:
     def receive(self, number, _):
         if self.received is None:
             self.received, self.at = number, time.monotonic()
-        elif time.monotonic() - self.at > 1:
+        elif not self.stopping and time.monotonic() - self.at > 1:
             os._exit(128 + number)
 
     def agreed(self):
         """After each step: whether to stop now. All processes get the same answer, a step late, without waiting."""
         if not dist.is_initialized():
-            return self.received is not None
+            self.stopping = self.received is not None
+            return self.stopping
         if self.pending is not None:
             self.pending.wait()
-            if self.flag:
+            self.stopping = bool(self.flag)
+            if self.stopping:
                 return True
         self.flag = torch.tensor(self.received is not None, dtype=torch.uint8)
         self.pending = dist.all_reduce(self.flag, dist.ReduceOp.MAX, async_op=True)
@@ -156,6 +203,12 @@ def stop():
     if dist.is_initialized():
         left.append(dist.group.WORLD)
         dist.destroy_process_group()
+
+
+def barrier():
+    """Wait until all processes are here."""
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))  # on the CPU, by gloo
 
 
 def check_equal(value, what):

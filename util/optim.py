@@ -27,19 +27,27 @@ def param_groups(model, weight_decay, layer_decay=None):
     )
 
 
-def learning_rate(step, total_steps, warmup_steps, lr, min_lr=0.0):
-    """The learning rate of one optimiser step, counted from 0.
+def learning_rate(step, schedule, scale=1.0):
+    """The learning rate of one optimiser step, counted from 0, of a group with this lr_scale.
 
-    Linear from 1e-4 * lr to lr over the warm-up, which ends on its last step; then half a cosine from lr that would
-    reach min_lr at total_steps. As mmengine's LinearLR(start_factor=1e-4) and CosineAnnealingLR, per iteration.
+    Linear from warmup_from * lr to lr over the warm-up, which ends on its last step; then, decay='cosine', half a
+    cosine from lr that would reach min_lr at total_steps (mmengine's LinearLR(start_factor=1e-4) and
+    CosineAnnealingLR, per iteration), or, decay='linear', a line that reaches min_lr on the last step (mmengine's
+    PolyLR with power 1).
+
+    schedule: has lr, min_lr, total_steps, warmup_steps, warmup_from and decay, as engine.Schedule.
     """
-    if step < warmup_steps:
-        return lr * (1e-4 + (1 - 1e-4) * step / max(1, warmup_steps - 1))
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    lr, min_lr, warmup = schedule.lr * scale, schedule.min_lr, schedule.warmup_steps
+    if step < warmup:
+        return lr * (schedule.warmup_from + (1 - schedule.warmup_from) * step / max(1, warmup - 1))
+    if schedule.decay == 'cosine':
+        progress = (step - warmup) / max(1, schedule.total_steps - warmup)
+        return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    progress = (step - warmup) / max(1, schedule.total_steps - warmup - 1)
+    return lr + (min_lr - lr) * progress
 
 
-def set_learning_rate(optimizer, lr_at, step):
-    """Set every group's lr: lr_at(step, lr_scale of the group)."""
+def set_learning_rate(optimizer, schedule, step):
+    """Set the rate of every group for one step."""
     for group in optimizer.param_groups:
-        group['lr'] = lr_at(step, group.get('lr_scale', 1.0))
+        group['lr'] = learning_rate(step, schedule, group.get('lr_scale', 1.0))
