@@ -57,9 +57,16 @@ class Shapes:
     def __init__(self, split='train', size=(32, 32), length=None):
         self.stream, self.size = ['train', 'val'].index(split), size
         self.length = length or (2048, 400)[self.stream]
+        self.labels = np.arange(self.length) % len(self.classes)
 
     def __len__(self):
         return self.length
+
+    def name(self, index):
+        return str(index).encode()
+
+    def path(self, index):
+        return f'drawn picture {index}'
 
     def __getitem__(self, index):
         label = index % len(self.classes)

@@ -1,31 +1,33 @@
-"""Tar files read in place, as the folder they would unpack to: an index of what lies where, and reading by it.
+"""Tar files read in place, as the folder they would unpack to: an index of the images in them, and reading by it.
 
-The layouts are those of timm's ReaderImageInTar: a tar, a tar of tars, a folder of tars. Its code is not used,
-as run with timm 1.0.31: workers forked after a first read share one file position, and 53 of 80,000 reads went wrong;
-its cache, a pickle beside the data, is believed after the tar has changed; a damaged header ends the index without a
-word; and it holds an object an image. Here the index is arrays, kept under --download_dir, and reading is pread.
+A tar may hold tars, and a folder may hold tars, as for timm's ReaderImageInTar. Its code is not used, as run with timm
+1.0.31: workers forked after a first read share one file position (53 of 80,000 reads were wrong); its cache, a pickle
+beside the data, is believed after the tar has changed; a damaged header silently ends the index; and it holds one
+Python object per image. Here the index is arrays, cached in --download_dir, and reading is pread.
 """
 
+import fcntl
 import functools
+import hashlib
 import os
 import tarfile
 
 import numpy as np
 from tqdm import tqdm
 
-from util import files
-from util.args import InputError
+from util.errors import InputError
 
 COMPRESSED = ('.tar.gz', '.tgz', '.tar.bz2', '.tbz2', '.tar.xz', '.txz', '.tar.zst')
 
 
 def load_index(tars, extensions, cache_dir):
-    """Where the files with these extensions are in tars, {path: folder in whose place it stands}.
+    """Where the files with these extensions are in tars, {path: folder that it stands for}.
 
-    The index is read from cache_dir, or built and kept there: by one process, while others wait for it.
+    Read from the cache in cache_dir while the tars have not changed; otherwise one process builds the index and
+    caches it, while the others wait for it.
 
     Returns:
-        names (M,): as bytes and in the order of an unpacked folder; a tar inside a tar is a folder of its name.
+        names (M,): as bytes, sorted like those of an unpacked folder; a tar inside a tar is a folder of its name.
         places (M, 3): number of the tar, offset and size in bytes.
 
     Raises:
@@ -35,15 +37,36 @@ def load_index(tars, extensions, cache_dir):
         versions = [(os.path.realpath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in tars]
     except OSError as error:
         raise InputError(f'{error.filename}: {error.strerror}') from None
-    cache = files.cache_file(cache_dir, 'tar', (versions, list(tars.values()), extensions))
-    index = files.load_or_build(cache, lambda: build_index(tars, extensions))
-    return index['names'], index['places']
+    key = hashlib.sha256(repr((versions, list(tars.values()), extensions)).encode()).hexdigest()[:16]
+    cache = os.path.join(cache_dir, f'tar-index-{key}.npz')
+    try:
+        os.makedirs(cache_dir, exist_ok=True)
+        file = os.fdopen(os.open(cache, os.O_RDWR | os.O_CREAT, 0o644), 'r+b')
+        fcntl.lockf(file, fcntl.LOCK_EX)
+    except OSError as error:
+        print(f'{cache}: {error.strerror}; the index cannot be cached (--download_dir)')
+        return build_index(tars, extensions)
+    with file:
+        try:
+            with np.load(file, allow_pickle=False) as index:
+                return index['names'], index['places']
+        except Exception:  # new and empty, or cut off
+            pass
+        names, places = build_index(tars, extensions)
+        try:
+            file.seek(0)
+            file.truncate()
+            np.savez(file, names=names, places=places)
+            file.flush()
+        except OSError as error:
+            print(f'{cache}: {error.strerror}; the index is not cached')
+    return names, places
 
 
 def build_index(tars, extensions):
-    """{'names', 'places'} as load_index gives them, with a progress bar."""
+    """(names, places) as load_index gives them, with a progress bar. Raises InputError."""
     found, done, sizes = {}, 0, [os.path.getsize(path) for path in tars]
-    print(f'Indexing {len(tars)} tar file{"s" * (len(tars) > 1)}, {sum(sizes) / 1e9:.2f} GB, once')
+    print(f'Indexing {"one tar file" if len(tars) == 1 else f"{len(tars)} tar files"}, {sum(sizes) / 1e9:.2f} GB, once')
     with tqdm(desc='index', total=sum(sizes), unit='B', unit_scale=True, disable=None) as bar:
         for number, (path, folder) in enumerate(tars.items()):
             try:
@@ -52,7 +75,7 @@ def build_index(tars, extensions):
                         bar.update(done + offset - bar.n)
                         if name.lower().endswith(extensions):
                             place = os.fsencode(os.path.join(folder, name))
-                            found[place] = number, offset, size  # of equal names the last
+                            found[place] = number, offset, size  # of equal names the last, as in unpacking
             except OSError as error:
                 raise InputError(f'{path}: {error.strerror}') from None
             except (tarfile.TarError, RecursionError) as error:
@@ -60,14 +83,14 @@ def build_index(tars, extensions):
             done += sizes[number]
     names = sorted(found)
     places = np.array([found[name] for name in names], dtype=np.int64).reshape(-1, 3)
-    return {'names': np.array(names, dtype=bytes), 'places': places}
+    return np.array(names, dtype=bytes), places
 
 
 def members(file):
-    """Yield (name, offset, size) of each regular file in a tar, those in tars within it too; hidden ones are left out.
+    """Yield (name, offset, size) of each regular file in a tar and in the tars within it, except for hidden ones.
 
     Raises:
-        tarfile.TarError: if it is no uncompressed tar, or ends before its end.
+        tarfile.TarError: if it is no uncompressed tar, or is cut off or damaged.
     """
     with tarfile.open(fileobj=file, mode='r:') as archive:
         while member := archive.next():
@@ -93,5 +116,5 @@ def open_tar(path):
 
 
 def read(path, offset, size):
-    """size bytes of a file from offset. There is no file position, so worker processes may share the open file."""
+    """size bytes of a file from offset. It moves no file position, so worker processes may share the open file."""
     return os.pread(open_tar(path).fileno(), size, offset)

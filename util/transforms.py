@@ -1,109 +1,15 @@
-"""Images: reading files of every kind, transforms on uint8, normalisation on the device."""
-
-import io
-import warnings
+"""Crops and augmentations of uint8 images, and their normalisation."""
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import InterpolationMode, v2
 
-from util.args import InputError
-
-try:
-    from torchvision.io import ImageReadMode, decode_jpeg  # straight to a tensor, and equal to PIL's pixels to the bit
-except ImportError:  # deprecated since torchvision 0.29
-    decode_jpeg = None
+from util.errors import InputError
 
 BICUBIC = InterpolationMode.BICUBIC
-
-warnings.filterwarnings('ignore', module='PIL')  # of odd metadata, of large images: by every worker for every such file
-
-
-# --- Reading -----------------------------------------------------------------------------------------
-
-
-def read_image(path, in_chans=3):
-    """decode_image of a file. Raises OSError if it cannot be read, and ValueError as decode_image does."""
-    with open(path, 'rb') as file:
-        return decode_image(file.read(), str(path), in_chans)
-
-
-def decode_image(content, path, in_chans=3):
-    """Decode the bytes of an image, or of an .npy array (H, W, C) or (H, W), to (in_chans, H, W); path names it.
-
-    uint8, or float32 in 0..1 for arrays of another type. 16-bit files keep their upper 8 bits, transparency is
-    dropped, EXIF orientation is applied.
-
-    Raises:
-        ValueError: if it is damaged, no image, too large to be decoded safely, or has other channels.
-    """
-    try:
-        if not content:
-            raise ValueError('empty')
-        if path.lower().endswith('.npy'):
-            return array_to_tensor(np.load(io.BytesIO(content), allow_pickle=False), in_chans)
-        image = Image.open(io.BytesIO(content))  # reads the header, and refuses more than 179 million pixels
-        check_aspect(*image.size)
-        if decode_jpeg and content[:2] == b'\xff\xd8' and in_chans in (1, 3):
-            mode = ImageReadMode.RGB if in_chans == 3 else ImageReadMode.GRAY
-            return decode_jpeg(
-                torch.frombuffer(bytearray(content), dtype=torch.uint8), mode, apply_exif_orientation=True
-            )
-        return pil_to_tensor(image, in_chans)
-    except UnidentifiedImageError:
-        raise ValueError(f'{path}: no image of a known format') from None
-    except Exception as error:  # decoders raise many kinds for a damaged file
-        raise ValueError(f'{path}: {" ".join(str(error).split())}') from None
-
-
-def check_aspect(width, height):
-    """Raise ValueError for an image so narrow that to cover a square it would be resized to a huge one."""
-    if max(width, height) > 100 * min(width, height):
-        raise ValueError(f'{width} x {height} pixels are too long and narrow')
-
-
-def read_given_image(path, in_chans=3):
-    """read_image of a path that a user typed. Raises InputError if it cannot be read."""
-    try:
-        return read_image(path, in_chans)
-    except OSError as error:
-        raise InputError(f'{path}: {error.strerror}') from None
-    except ValueError as error:
-        raise InputError(str(error)) from None
-
-
-def pil_to_tensor(image, in_chans):
-    """PIL image of any mode -> uint8 (in_chans, H, W), as read_image describes."""
-    if in_chans not in (1, 3):
-        raise ValueError(f'an image file gives 1 or 3 channels; for --in_chans {in_chans} use .npy arrays (H, W, C)')
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith('I') or image.mode == 'F':  # 16 or 32 bits: PIL's convert would clip at 255
-        pixels = np.asarray(image, dtype=np.float32)
-        if image.mode == 'F' and 0 < pixels.max() <= 1:
-            raise ValueError('floating-point pixels of 0..1, where files have 0..255; store them as .npy')
-        image = Image.fromarray((pixels / 257 if image.mode != 'F' else pixels).round().clip(0, 255).astype(np.uint8))
-    return v2.functional.pil_to_tensor(image.convert('RGB' if in_chans == 3 else 'L'))
-
-
-def array_to_tensor(array, in_chans):
-    """(H, W, C) or (H, W) -> (C, H, W): uint8 as it is, other whole numbers over their largest, floats as given."""
-    array = array[..., None] if array.ndim == 2 else array
-    if array.ndim != 3 or array.shape[2] != in_chans or not array.size:
-        raise ValueError(
-            f'an array of shape {array.shape} is not (H, W, {in_chans}); --in_chans says how many channels'
-        )
-    check_aspect(array.shape[1], array.shape[0])
-    if array.dtype != np.uint8:
-        scale = np.iinfo(array.dtype).max if np.issubdtype(array.dtype, np.integer) else 1
-        array = array.astype(np.float32) / scale
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
-
-
-# --- Transforms -----------------------------------------------------------------------------------------------
 
 
 class Cover(torch.nn.Module):
@@ -197,21 +103,8 @@ def linprobe_transform(size):
     return v2.Compose([crop, v2.RandomHorizontalFlip()])
 
 
-# --- Normalisation ----------------------------------------------------------------------------------------------
-
-
 def normalise(images, mean, std):
     """uint8, or float in 0..1, (N, C, H, W) -> float, less mean and over std, each per channel."""
     mean, std = (torch.as_tensor(values, device=images.device).view(-1, 1, 1) for values in (mean, std))
     floats = images.clone() if images.is_floating_point() else v2.functional.to_dtype(images, torch.float32, scale=True)
     return floats.sub_(mean).div_(std)  # in place: on a CPU new memory would take ten times as long
-
-
-def pixel_statistics(args):
-    """(mean, std) per channel, of pixels in 0..1: --mean and --std, or the defaults. InputError if too few."""
-    imagenet = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    default = imagenet if args.in_chans == 3 else ([0.5] * args.in_chans,) * 2
-    for name, values in (('--mean', args.mean), ('--std', args.std)):
-        if values is not None and len(values) != args.in_chans:
-            raise InputError(f'{name} has {len(values)} numbers, but --in_chans is {args.in_chans}')
-    return args.mean or default[0], args.std or default[1]

@@ -1,0 +1,449 @@
+"""Where images come from: --data_path -> a source of decoded images.
+
+A source has len(source) images. source[i] is (image (C, H, W), label or -1), or raises ValueError if image i cannot be
+read; source.path(i) says which that is; source.name(i) are bytes that stay the same wherever the data lies.
+source.classes are the classes' names in the order of their labels, source.labels the labels (N,) of all images; either
+is None where it is not known.
+"""
+
+import difflib
+import hashlib
+import os
+import urllib.error
+from dataclasses import dataclass
+
+import numpy as np
+import torchvision.datasets
+from torchvision.transforms.v2.functional import to_dtype
+
+from util import distributed, tar
+from util.errors import InputError
+from util.images import WHITE, decode_image, pil_to_tensor
+from util.shapes import Shapes
+
+EXTENSIONS = (*torchvision.datasets.folder.IMG_EXTENSIONS, '.gif', '.npy')
+SPLITS = {'train': ['train'], 'val': ['val', 'valid', 'validation', 'test']}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How images are found and decoded."""
+
+    in_chans: int = 3
+    background: tuple = WHITE  # (R, G, B) behind transparent images
+    image_size: tuple = (224, 224)  # of pictures that are drawn
+    download_dir: str = 'data'  # for torchvision's data sets and the index of tar files
+    labelled: bool = False  # without the unlabelled training images of a data set such as STL-10
+
+
+# --- The sources of a job -------------------------------------------------------------------------------------
+
+
+def open_sources(args, sizes, labelled=False, only_val=False):
+    """(training source, validation source or None) of --data_path, --val_path and --val_share.
+
+    With only_val the training source is None, and --data_path may itself be the validation images.
+
+    Args:
+        sizes: the model's, with 'in_chans' and 'img_size' (H, W).
+
+    Raises:
+        InputError: as open_source and hold_out do.
+    """
+    options = Options(sizes['in_chans'], tuple(args.background), tuple(sizes['img_size']), args.download_dir, labelled)
+    if args.val_path:
+        val = open_source(args.val_path, 'val', options) or open_source(args.val_path, 'train', options)
+    else:
+        val = open_source(args.data_path, 'val', options)
+    if only_val and val is not None:
+        return None, val
+    train = open_source(args.data_path, 'train', options)
+    if val is None and args.val_share:
+        train, val = hold_out(train, args.val_share)
+    elif only_val:
+        train, val = None, train
+    return (None if only_val else train), val
+
+
+def open_labelled_sources(args, sizes, only_val=False):
+    """open_sources for a classifier: both sources have the same two or more classes, and no image is unlabelled.
+
+    Raises:
+        InputError: also if there are no validation images, no labels, one class only, or if the classes differ.
+    """
+    train, val = open_sources(args, sizes, labelled=True, only_val=only_val)
+    if val is None:
+        raise InputError(
+            f'{args.data_path} has no val/ or test/ beside its train/; name validation images with --val_path, '
+            'or hold some out with --val_share 0.1'
+        )
+    for path, source in ((args.data_path, train), (args.val_path or args.data_path, val)):
+        if source is not None and source.classes is None:
+            raise InputError(f'{path}: no labels; use one folder per class, or a list with path, tab, class')
+    classes = (train or val).classes
+    if len(classes) < 2:
+        raise InputError(f'{args.data_path}: only one class, {classes[0]}; a classifier needs at least two')
+    check_same_classes(classes, val.classes, 'the training images', 'the validation images')
+    return train, val
+
+
+def check_same_classes(ours, theirs, here, there):
+    """Raise InputError that names the classes which only one of the two places has."""
+    differences = []
+    for extra, place in ((set(ours) - set(theirs), here), (set(theirs) - set(ours), there)):
+        if extra:
+            names = ', '.join(sorted(map(str, extra))[:5])
+            differences.append(f'{names}{", ..." if len(extra) > 5 else ""} only in {place}')
+    if differences or list(ours) != list(theirs):
+        raise InputError(f'the classes differ: {"; ".join(differences) or "their order"}')
+
+
+def open_source(path, split='train', options=Options()):
+    """The images that --data_path (or --val_path) names; None for 'val' where the data has no such split.
+
+    Raises:
+        InputError: if nothing is there, or none of its first images can be read.
+    """
+    if not path:
+        raise InputError('--data_path is required: a folder or tar of images, a list of them, torch/NAME, or shapes')
+    if path == 'shapes':
+        source = Shapes(split, options.image_size)
+    elif path.startswith('torch/'):
+        source = open_torchvision(path, split, options)
+    elif os.path.isdir(path):
+        source = open_folder(path, split, options)
+    elif path.lower().endswith(tar.COMPRESSED):
+        raise InputError(f'{path}: images inside a compressed tar cannot be read in place; unpack it, to .tar at least')
+    elif path.lower().endswith('.tar') and os.path.isfile(path):
+        source = open_tars({path: ''}, path, split, options)
+    elif os.path.isfile(path):
+        source = open_list(path, options) if split == 'train' else None
+    else:
+        raise InputError(f'{path}: no such folder or file')
+    if source is not None:
+        check_readable(source, path, options.in_chans)
+    return source
+
+
+def check_readable(source, path, in_chans, tries=16):
+    """Decode images from the start of a source until one succeeds; InputError if none of the first does."""
+    for index in range(min(len(source), tries)):
+        try:
+            image = source[index][0]
+        except ValueError as error:
+            problem = error
+            continue
+        if image.shape[0] != in_chans:
+            raise InputError(f'{path}: its images have {image.shape[0]} channels, but --in_chans is {in_chans}')
+        return
+    raise InputError(f'{path}: none of its first {index + 1} images can be read; {problem}')
+
+
+# --- A validation split where the data has none ---------------------------------------------------------------
+
+
+class Part:
+    """Some images of a source."""
+
+    def __init__(self, source, indices):
+        self.source, self.indices, self.classes = source, indices, source.classes
+        self.labels = None if source.labels is None else source.labels[indices]
+
+    def __len__(self):
+        return len(self.indices)
+
+    def path(self, index):
+        return self.source.path(self.indices[index])
+
+    def name(self, index):
+        return self.source.name(self.indices[index])
+
+    def __getitem__(self, index):
+        return self.source[int(self.indices[index])]
+
+
+def hold_out(source, share):
+    """(training part, validation part): of each class the share whose names have the lowest hashes, one at least.
+
+    So the parts do not depend on the order of the images, and when images are added, few change sides.
+
+    Raises:
+        InputError: if a class would have no image left to train on.
+    """
+    digests = (hashlib.blake2b(source.name(index), digest_size=8).digest() for index in range(len(source)))
+    hashes = np.array([int.from_bytes(digest, 'big') for digest in digests], dtype=np.uint64)
+    labels = np.full(len(source), -1) if source.labels is None else source.labels
+    held_out = np.zeros(len(source), dtype=bool)
+    for label in np.unique(labels):
+        members = labels == label
+        count = max(1, round(share * members.sum()))
+        held_out[members] = hashes[members] <= np.sort(hashes[members])[count - 1]  # equal names stay together
+        if held_out[members].all():
+            which = f'the class {source.classes[label]}' if label >= 0 else 'the data'
+            raise InputError(
+                f'--val_share {share:g} leaves no image of {which} to train on, as it has {members.sum()} in all'
+            )
+    return Part(source, np.flatnonzero(~held_out)), Part(source, np.flatnonzero(held_out))
+
+
+# --- Folders, lists and tars ----------------------------------------------------------------------------------
+
+
+class ImageFiles:
+    """Image files below a folder, given by their names relative to it, as bytes, and the name of each one's class.
+
+    Without class_names the first folder of a name is its class, if all names have one.
+    """
+
+    def __init__(self, root, names, options=Options(), class_names=None):
+        self.root, self.options = root, options
+        self.names = np.asarray(names, dtype=bytes)  # one buffer, which forked workers share
+        self.dtype = None  # of the pixels: that of the first image that can be read
+        self.classes = self.labels = None
+        names = self.names.tolist()
+        if class_names is None and all(b'/' in name for name in names):
+            class_names = [os.fsdecode(name.split(b'/')[0]) for name in names]
+        if class_names:
+            self.classes = sorted(set(class_names))
+            numbers = {name: number for number, name in enumerate(self.classes)}
+            self.labels = np.array([numbers[name] for name in class_names])
+
+    def __len__(self):
+        return len(self.names)
+
+    def name(self, index):
+        return bytes(self.names[index])
+
+    def path(self, index):
+        return os.path.join(self.root, os.fsdecode(self.names[index]))
+
+    def content(self, index):
+        with open(os.open(self.path(index), os.O_RDONLY | os.O_NONBLOCK), 'rb') as file:  # a pipe would block
+            return file.read()
+
+    def __getitem__(self, index):
+        path = self.path(index)
+        try:
+            image = decode_image(self.content(index), path, self.options.in_chans, self.options.background)
+        except OSError as error:
+            raise ValueError(f'{path}: {error.strerror}') from None
+        self.dtype = self.dtype or image.dtype
+        return to_dtype(image, self.dtype, scale=True), -1 if self.labels is None else int(self.labels[index])
+
+
+class TarImages(ImageFiles):
+    """Images in tar files: names as they would be unpacked below root, and their places, as tar.load_index gives."""
+
+    def __init__(self, root, names, options, tars, places):
+        super().__init__(root, names, options)
+        self.tars, self.places = tars, places
+
+    def content(self, index):
+        number, offset, size = self.places[index].tolist()
+        return tar.read(self.tars[number], offset, size)
+
+
+def open_folder(path, split, options):
+    """All images below path, or below its train/ (or val/, valid/, validation/, test/) where it has splits.
+
+    Where there are no image files but tar files, the images in these: a tar stands for a folder of its name, and
+    ..._train.tar and ..._val.tar for train/ and val/.
+    """
+    try:
+        entries = [entry for entry in os.scandir(path) if entry.name[0] != '.']
+    except OSError as error:
+        raise InputError(f'{path}: {error.strerror}') from None
+    folders = {entry.name: entry.path for entry in entries if entry.is_dir()}
+    tars = {entry.name[:-4].rpartition('_')[2]: entry.path for entry in entries if entry.name.lower().endswith('.tar')}
+    tars = {name: tars[name] for name in tars if not folders or name in ('train', *SPLITS['val'])}
+    chosen = choose_split(tars | folders, split)
+    if chosen is None and (folders or not tars):
+        return None
+    place = (tars | folders)[chosen] if chosen else path
+    if os.path.isfile(place):
+        return open_tars({place: ''}, place, None, options)
+    names = find_files(place, EXTENSIONS)
+    if names:
+        return None if chosen is None else ImageFiles(place, names, options)
+    names = map(os.fsdecode, find_files(place, ('.tar',)))
+    tars = {os.path.join(place, name): name[:-4] for name in names}
+    if tars:
+        return open_tars(tars, place, None if chosen else split, options)
+    raise InputError(f'{place}: no image in it or in the folders below; images end in {" ".join(EXTENSIONS)}, or .tar')
+
+
+def choose_split(folders, split):
+    """Which of the folders holds a split: its name, '' for all of them together, None for none."""
+    held_out = [name for name in SPLITS['val'] if name in folders]
+    if 'train' in folders and (held_out or len(folders) == 1):  # else 'train' is a class or a folder like others
+        return 'train' if split == 'train' else next(iter(held_out), None)
+    return '' if split == 'train' else None
+
+
+def find_files(root, extensions):
+    """Names, as sorted bytes relative to root, of the files in root and the folders below that have an extension.
+
+    Links are followed, except into a folder that they are in; hidden files and folders are left out.
+
+    Raises:
+        InputError: if a folder may not be read.
+    """
+    extensions = tuple(map(os.fsencode, extensions))
+    names = []
+
+    def scan(folder, prefix, above):
+        status = os.stat(folder)
+        this = status.st_dev, status.st_ino
+        if this in above:
+            return
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name[0] == ord('.'):
+                    continue
+                if is_folder(entry):
+                    scan(entry.path, prefix + entry.name + b'/', above | {this})
+                elif entry.name.lower().endswith(extensions):
+                    names.append(prefix + entry.name)
+
+    try:
+        scan(os.fsencode(root), b'', frozenset())
+    except OSError as error:
+        raise InputError(f'{os.fsdecode(error.filename)}: {error.strerror}') from None
+    return sorted(names)
+
+
+def is_folder(entry):
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def open_tars(tars, root, split, options):
+    """The images in tars, {path: folder that it stands for}; those of a split, unless it is None.
+
+    A folder that holds everything, as most tars have, is neither a class nor a split.
+    """
+    names, places = tar.load_index(tars, EXTENSIONS, options.download_dir)
+    if not len(names):
+        raise InputError(f'{root}: no image in it; images end in {" ".join(EXTENSIONS)}')
+    names = names.tolist()
+    top = os.path.commonprefix([names[0], names[-1]]).rpartition(b'/')[0]  # they are sorted
+    if split:
+        below = (name[len(top) :].strip(b'/') for name in names)
+        chosen = choose_split({os.fsdecode(name.split(b'/')[0]) for name in below if b'/' in name}, split)
+        if chosen is None:
+            return None
+        top = os.path.join(top, os.fsencode(chosen)) if chosen else top
+    prefix = os.path.join(top, b'') if top else b''
+    kept = [name.startswith(prefix) for name in names]
+    names = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    return TarImages(os.path.join(root, os.fsdecode(top)), names, options, list(tars), places[kept])
+
+
+def open_list(path, options):
+    """A text file that names an image on each line, relative to the file's folder or absolute, and after a tab its
+    class, if it has one. '#' starts a comment line.
+
+    The images are not looked for here: one that is missing is a bad image like any other.
+    """
+    try:
+        with open(path, encoding='utf-8-sig', errors='surrogateescape') as file:
+            text = file.read(4096)
+            lines = [] if '\0' in text else [line.strip() for line in (text + file.read()).splitlines()]
+    except OSError as error:
+        raise InputError(f'{path}: {error.strerror}') from None
+    names = [line for line in lines if line and line[0] != '#']
+    if not names:
+        raise InputError(f'{path}: not a folder, and not a text file that lists images, one a line')
+    names, class_names = zip(*(line.partition('\t')[::2] for line in names))
+    names = [os.fsencode(name) for name in names]
+    return ImageFiles(os.path.dirname(path), names, options, class_names if all(class_names) else [])
+
+
+# --- torchvision ----------------------------------------------------------------------------------------------
+
+
+class TorchvisionImages:
+    """A torchvision classification set, whose items are (PIL image, label)."""
+
+    def __init__(self, name, dataset, options):
+        self.title, self.dataset, self.options = name, dataset, options
+        self.labels = self.find_labels()
+        self.classes = getattr(dataset, 'classes', None) or getattr(dataset, 'categories', None)
+        if not self.classes and self.labels is not None:  # SVHN, for one, only numbers them
+            self.classes = [str(label) for label in range(1 + self.labels.max())]
+
+    def find_labels(self):
+        """The labels (N,), or None: torchvision has no common name for them."""
+        for name in ('targets', 'labels', '_labels', 'y'):
+            labels = np.asarray(getattr(self.dataset, name, ()))
+            if labels.shape == (len(self.dataset),) and labels.dtype.kind in 'iu':
+                return labels.astype(np.int64)
+        samples = getattr(self.dataset, '_samples', None)
+        return None if samples is None else np.array([label for *_, label in samples])
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def name(self, index):
+        return str(index).encode()
+
+    def path(self, index):
+        return f'{self.title}, image {index}'
+
+    def __getitem__(self, index):
+        try:
+            image, label = self.dataset[index]
+            return pil_to_tensor(image, self.options.in_chans, self.options.background), int(label)
+        except Exception as error:
+            raise ValueError(f'{self.path(index)}: {" ".join(str(error).split())}') from None
+
+
+def open_torchvision(path, split, options):
+    """torch/NAME, as timm spells it: a torchvision.datasets class of (image, label) pairs, downloaded if need be.
+
+    Where a set has unlabelled images beside the training images (STL-10), 'train' is both unless options.labelled.
+    Where it has no splits (EuroSAT), 'train' is all of it.
+    """
+    known = {name.lower(): name for name in torchvision.datasets.__all__}
+    wanted = path.removeprefix('torch/').replace('_', '').lower()
+    if wanted not in known:
+        close = difflib.get_close_matches(wanted, known, 1) or ['cifar10', 'stl10', 'flowers102']
+        raise InputError(
+            f'{path}: torchvision {torchvision.__version__} has no such data set; did you mean '
+            f'{" or ".join(f"torch/{name}" for name in close)}?'
+        )
+    dataset_class = getattr(torchvision.datasets, known[wanted])
+    choices = [{'split': name} for name in SPLITS['val']] + [{'train': False}]
+    if split == 'train':
+        choices = [{'split': 'train'}, {'split': 'trainval'}, {'train': True}, {}]
+        if not options.labelled:
+            choices.insert(0, {'split': 'train+unlabeled'})
+    for arguments in choices:
+        try:
+            return TorchvisionImages(path, create_or_download(path, dataset_class, arguments, options), options)
+        except InputError:
+            raise
+        except (TypeError, ValueError) as error:  # no such argument, or no split of that name
+            problem = error
+        except ImportError as error:
+            raise InputError(f'{path}: {known[wanted]} needs another package: {error}') from None
+    if split == 'val':
+        return None
+    raise InputError(f'{path}: {known[wanted]} cannot be opened as a data set of labelled images ({problem})')
+
+
+def create_or_download(path, dataset_class, arguments, options):
+    """A torchvision data set. Raises InputError if it is not there and cannot be downloaded."""
+    try:
+        return dataset_class(root=options.download_dir, **arguments)
+    except (RuntimeError, OSError):  # not there
+        missing = f'{path}: not found in {options.download_dir} (--download_dir)'
+        if distributed.world()[1] > 1:
+            raise InputError(f'{missing}; start once without torchrun to download it') from None
+    try:
+        return dataset_class(root=options.download_dir, **arguments, download=True)
+    except (RuntimeError, OSError, urllib.error.URLError) as error:
+        reason = ' '.join(str(getattr(error, 'reason', error)).split())
+        raise InputError(f'{missing}, and the download failed: {reason}') from None
