@@ -1,139 +1,167 @@
-"""What the layers of an encoder hold: a model from any checkpoint, its features by block, their frequency content."""
+"""Features of a frozen encoder, and how well they tell classes apart: nearest neighbours, logistic regression.
 
-import argparse
-import os
+Several processes share the work: each keeps the features of its own images, on the CPU, and compares or fits with
+them; what they find is put together. The result does not depend on their number.
+"""
 
+import numpy as np
 import torch
-from matplotlib import colormaps
-from matplotlib.figure import Figure
+import torch.nn.functional as F
 
-from models_mff import MODELS, create_encoder
-from util import checkpoint, design_choices, weights
-from util.args import InputError, as_input_error
+from util import distributed
 
-# --- Models -----------------------------------------------------------------------------------------------------
-
-
-def read_flags(path):
-    """The flags of the run that made a checkpoint of any known origin; read off the tensors where none are stored.
-
-    Raises:
-        InputError: as weights.read_weights, or if it is of no size in MODELS.
-    """
-    usual = {'in_chans': 3, 'mean': None, 'std': None, 'fuse_layers': None, 'norm_pix_loss': None, 'mask_ratio': 0.75}
-    args = weights.read_file(path).get('args')
-    if isinstance(args, dict) and 'model' in args:
-        return argparse.Namespace(**usual | args)
-    state, origin, grid = weights.read_with_grid(path)
-    width, in_chans, patch_size, _ = state['patch_embed.proj.weight'].shape
-    depth = 1 + max(int(name.split('.')[1]) for name in state if name.startswith('blocks.'))
-    for name, size in MODELS.items():
-        sizes = {'patch_size': 16, **size.keywords}
-        if (sizes['embed_dim'], sizes['depth'], sizes['patch_size']) == (width, depth, patch_size):
-            fused = any(tensor_name.startswith('fuse_') for tensor_name in state)
-            fusion = {} if fused else {'fuse_layers': [depth - 1]}
-            found = {'model': name, 'in_chans': in_chans, 'input_size': [side * patch_size for side in grid]}
-            return argparse.Namespace(**usual | found | fusion)
-    raise InputError(f'{path}: {origin}, {width} wide, {depth} blocks, patch {patch_size}, which is no size in MODELS')
-
-
-def load_model(path):
-    """(pre-training model, flags) of a checkpoint of any known origin. InputError if it has no decoder, or as above.
-
-    Files that do not say how their pixels were predicted count as standardised in each patch; flags keep the None.
-    """
-    flags = read_flags(path)
-    flags.model = 'mff_' + flags.model.removeprefix('mff_')
-    with as_input_error():
-        model = design_choices.create_model(flags)
-    model.norm_pix_loss = flags.norm_pix_loss is not False
-    weights.load_weights(model, path, whole=True)
-    return model.eval(), flags
-
-
-def load_encoder(path):
-    """(timm's VisionTransformer without a head, flags) of a checkpoint of any known origin: nothing is masked."""
-    flags = read_flags(path)
-    state, _ = weights.read_weights(path)
-    name, global_pool = flags.model.removeprefix('mff_'), 'avg' if 'fc_norm.weight' in state else 'token'
-    with as_input_error():
-        model = create_encoder(name, flags.input_size, flags.in_chans, global_pool).eval()
-    weights.load_weights(model, path)
-    return model, flags
-
-
-def titles(paths):
-    """What tells checkpoints or folders apart: their names, else the folders they are in, else both."""
-    folders, names = zip(*(os.path.split(os.path.abspath(path).removesuffix('.pth')) for path in paths))
-    checkpoints = any(name.startswith('checkpoint-') for name in names)  # whose names say nothing about the run
-    if len(set(names)) == len(names) and not (checkpoints and len(set(folders)) > 1):
-        if names != (os.path.splitext(checkpoint.LAST)[0],):
-            return list(names)
-    ends = different_ends(folders)
-    return ends if len(set(names)) == 1 else [os.path.join(*both) for both in zip(ends, names)]
-
-
-def different_ends(folders):
-    """The shortest ends of absolute paths that differ where these do, without a last part that all share."""
-    parts = [folder.split(os.sep) for folder in folders]
-    for length in range(1, max(map(len, parts)) + 1):
-        ends = [part[-length:] for part in parts]
-        if len(set(map(tuple, ends))) == len(set(folders)):
-            break
-    while len({end[-1] for end in ends}) == 1 and min(map(len, ends)) > 1:
-        ends = [end[:-1] for end in ends]
-    return list(map(os.sep.join, ends))
-
-
-# --- Features -----------------------------------------------------------------------------------------------------
+HELD_OUT = 0.2  # share of the training images by which the penalty of logistic regression is chosen
+PENALTIES = [10.0 ** (-power / 2) for power in range(13)]  # 1 to 1e-6
 
 
 @torch.no_grad()
-def block_features(encoder, imgs, batch_size=64):
-    """The patch tokens behind each block, in their places: a list of (N, D, h, w), of imgs (N, C, H, W) normalised."""
-    chunks = [encoder.forward_intermediates(chunk, intermediates_only=True) for chunk in imgs.split(batch_size)]
-    return [torch.cat(parts) for parts in zip(*chunks)]
+def extract(model, loader, autocast):
+    """Features of the images of loader, which are this process's share, unmasked and after the final norm.
 
+    Args:
+        model: with forward_features, (N, C, H, W) -> (N, 1+L, D): MaskedAutoencoderMFF or timm's VisionTransformer.
+        loader: gives (images on the device of model, labels).
 
-def relative_log_amplitude(maps):
-    """Log amplitude of the Fourier transform of maps (N, D, h, w) by frequency, less that of frequency zero.
-
-    The mean over images and channels of log |FFT2|, along the diagonal of the largest square, of side s = min(h, w), at
-    the frequencies 2 pi k / s from zero to the highest, pi where s is even: (1 + s // 2,). 0 at frequency zero by
-    definition; the lower the end, the less fine detail. Park and Kim, "How Do Vision Transformers Work?"
-    (arXiv 2202.06709), Fourier analysis of feature maps; the MFF paper's analysis by frequency is of this kind.
+    Returns:
+        features: {'cls token': (M, D), 'mean of patches': (M, D)}, float32 on the CPU.
+        labels: (M,), on the CPU.
     """
-    side = min(maps.shape[-2:])
-    amplitude = torch.fft.fft2(maps[..., :side, :side].double()).abs()
-    diagonal = amplitude.diagonal(dim1=-2, dim2=-1)[..., : side // 2 + 1]  # (N, D, F)
-    log_amplitude = (diagonal + 1e-6).log().mean((0, 1))
-    return log_amplitude - log_amplitude[0]
+    was_training, empty = model.training, torch.empty(0, model.cls_token.shape[-1])
+    model.eval()
+    cls_tokens, means, labels = [empty], [empty], [torch.empty(0, dtype=torch.long)]
+    for imgs, target in loader:
+        with autocast():
+            tokens = model.forward_features(imgs)  # (N, 1+L, D)
+        cls_tokens.append(tokens[:, 0].float().cpu())
+        means.append(tokens[:, 1:].float().mean(1).cpu())
+        labels.append(target.cpu())
+    model.train(was_training)
+    return {'cls token': torch.cat(cls_tokens), 'mean of patches': torch.cat(means)}, torch.cat(labels)
 
 
-def depth_colour(block, last):
-    """The colour of a block, from dark for the first to light for the last, in every figure of blocks or levels."""
-    return colormaps['viridis'](block / (last + 1))
+def spread(labels, count):
+    """Indices of count images, or of all if there are fewer, in which each class (labels, (M,)) keeps its share."""
+    order = np.argsort(labels, kind='stable')
+    return order[np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)]
 
 
-def spectrum_figure(features):
-    """Figure of the relative log amplitude by frequency and block, checkpoints side by side, and the highest by block.
+# --- Nearest neighbours -------------------------------------------------------------------------------------------
 
-    features: {title: list of (N, D, h, w), a block each}, as block_features gives them. The MFF paper's analysis of
-    MAE's and MFF's features by frequency; the last panel is Park and Kim's high-frequency amplitude by depth.
+
+def neighbour_accuracy(train, val, k, device='cpu'):
+    """{feature: top-1 in percent} of val by the k nearest images of train, both as extract gives them."""
+    (train, train_labels), (val, val_labels) = train, val
+    accuracy = {}
+    for name in train:
+        queries, labels = (torch.cat(distributed.gather(share)) for share in (val[name], val_labels))
+        predicted = nearest_neighbours(train[name], train_labels, queries, k, device)
+        accuracy[name] = 100 * (predicted == labels).double().mean().item()
+    return accuracy
+
+
+@torch.no_grad()
+def nearest_neighbours(bank, bank_labels, queries, k, device='cpu', temperature=0.07):
+    """Classes (Q,) of queries (Q, D), the same on all processes, by the k with the largest cosine of all their banks.
+
+    Each of the k votes exp(cosine / temperature) for its label: Wu et al. (2018), arXiv 1805.01978. bank (M, D) may be
+    large: chunks of it visit the device.
     """
-    figure = Figure(figsize=(3.2 * (len(features) + 1), 3.3), layout='constrained', dpi=100)
-    *axes, last = figure.subplots(1, len(features) + 1, sharey=True)
-    for panel, (title, blocks) in zip(axes, features.items()):
-        curves = [relative_log_amplitude(maps) for maps in blocks]
-        frequency = 2 * torch.arange(len(curves[0])) / min(blocks[0].shape[-2:])
-        for depth, curve in enumerate(curves):
-            panel.plot(frequency, curve, color=depth_colour(depth, len(curves) - 1), label=f'block {depth}')
-        panel.set(title=title, xlabel='frequency / π')
-        last.plot([curve[-1] for curve in curves], 'o-', markersize=3, label=title)
-    axes[0].set(ylabel='relative log amplitude')
-    axes[-1].legend(fontsize=6, ncols=2)
-    last.set(title='at the highest frequency', xlabel='block')
-    last.legend(fontsize=8)
-    for panel in (*axes, last):
-        panel.grid(alpha=0.3)
-    return figure
+    queries = F.normalize(queries.to(device), dim=1)
+    size = 1 + 2**25 // (1 + len(queries))  # of a chunk: at most 128 MB of cosines
+    best = [(queries.new_empty(len(queries), 0), bank_labels.to(device).new_empty(len(queries), 0))]
+    for chunk, labels in zip(bank.split(size), bank_labels.split(size)):
+        cosine, index = (queries @ F.normalize(chunk.to(device), dim=1).T).topk(min(k, len(chunk)))  # (Q, k)
+        best = [largest([*best, (cosine, labels.to(device)[index])], k)]
+    cosine, labels = largest(distributed.gather(tuple(part.cpu() for part in best[0])), k)
+    votes = cosine.new_zeros(len(queries), 1 + int(labels.max()))
+    return votes.scatter_add_(1, labels, (cosine / temperature).exp()).argmax(1)
+
+
+def largest(parts, k):
+    """The k largest cosines (Q, k) and their labels (Q, k) out of several such pairs."""
+    cosine, labels = (torch.cat(tensors, dim=1) for tensors in zip(*parts))
+    cosine, index = cosine.topk(min(k, cosine.shape[1]))
+    return cosine, labels.gather(1, index)
+
+
+# --- Logistic regression ------------------------------------------------------------------------------------------
+
+
+def logistic_accuracy(train, val, device='cpu'):
+    """{feature: top-1 in percent} of val by logistic regression on train, both as extract gives them.
+
+    The penalty is the one of PENALTIES with the lowest loss on training images that are held out, a fixed choice of
+    them; from the largest on, until the loss rises. It is then fitted to all training images.
+    """
+    (train, train_labels), (val, val_labels) = train, val
+    device = 'cpu' if torch.device(device).type == 'mps' else device  # which has no float64
+    rank, world_size = distributed.world()
+    num_classes = 1 + max(distributed.gather(max(train_labels.tolist(), default=0)))
+    draws = np.random.default_rng(0).random(len(train_labels) * world_size)[rank::world_size]
+    held_out = torch.from_numpy(draws < HELD_OUT)
+    accuracy = {}
+    for name in train:
+        x, y, val_x, val_y = (
+            part.to(device, torch.float64 if part.is_floating_point() else torch.long)
+            for part in (train[name], train_labels, val[name], val_labels)
+        )
+        mean, square = average(x, x.square())
+        std = (square - mean.square()).clamp(min=1e-12).sqrt()
+        x, val_x = (x - mean) / std, (val_x - mean) / std
+        here = held_out.to(device)
+        weight, lowest, chosen = x.new_zeros(x.shape[1] + 1, num_classes), float('inf'), PENALTIES[0]
+        for penalty in PENALTIES:
+            weight = fit_logistic(x[~here], y[~here], weight, penalty)
+            (loss,) = average(F.cross_entropy(scores(x[here], weight), y[here], reduction='none'))
+            if loss > lowest:
+                break
+            lowest, chosen = loss, penalty
+        weight = fit_logistic(x, y, weight, chosen)
+        (share,) = average((scores(val_x, weight).argmax(1) == val_y).double())
+        accuracy[name] = 100 * share.item()
+    return accuracy
+
+
+def scores(x, weight):
+    """x (M, D), weight (D+1, classes), the last row of which is the bias -> (M, classes)."""
+    return x @ weight[:-1] + weight[-1]
+
+
+def average(*values):
+    """The mean of each over its first dimension, over all processes; in float64."""
+    sums = [distributed.sum_over_processes(value.sum(0)) for value in values]
+    count = distributed.sum_over_processes(values[0].new_tensor(float(len(values[0]))))
+    return [total / count for total in sums]
+
+
+def fit_logistic(x, y, weight, penalty):
+    """Multinomial logistic regression, fitted to convergence by L-BFGS; deterministic.
+
+    Minimises the mean cross-entropy over the images of all processes + penalty / 2 * |weight|^2, bias left out, which
+    is strictly convex in the weight.
+
+    Args:
+        x: (M, D) float64, standardised, of this process's images. y: (M,) their classes.
+        weight: (D+1, classes) to start from, left as it is; the last row is the bias.
+
+    Returns:
+        weight (D+1, classes), the same on all processes.
+    """
+    weight = weight.clone().requires_grad_()
+    options = {'tolerance_grad': 1e-6, 'tolerance_change': 1e-15, 'history_size': 20}
+    optimizer = torch.optim.LBFGS([weight], max_iter=2000, max_eval=4000, line_search_fn='strong_wolfe', **options)
+    count = sum(distributed.gather(len(y)))
+
+    def closure():
+        weight.grad, total = torch.zeros_like(weight), x.new_zeros(1)
+        for chunk, classes in zip(x.split(2**16), y.split(2**16)):
+            loss = F.cross_entropy(scores(chunk, weight), classes, reduction='sum') / count
+            loss.backward()
+            total += loss.detach()
+        sums = distributed.sum_over_processes(torch.cat([weight.grad.flatten(), total]))
+        weight.grad = sums[:-1].view_as(weight)
+        weight.grad[:-1] += penalty * weight.detach()[:-1]
+        return sums[-1] + penalty / 2 * weight.detach()[:-1].square().sum()
+
+    optimizer.step(closure)
+    return weight.detach()

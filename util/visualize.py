@@ -1,44 +1,55 @@
-"""Pictures of a model: reconstructions, fusion weights, frequency content of its features, and the curves of a run.
+"""Figures: reconstructions, curves of runs, fusion weights, frequency content of features.
 
-    python -m util.visualize reconstruct CHECKPOINT IMAGE [IMAGE ...] --seed 1
-    python -m util.visualize curves OUTPUT_DIR [OUTPUT_DIR ...]
-    python -m util.visualize fusion CHECKPOINT [CHECKPOINT ...]
-    python -m util.visualize spectrum CHECKPOINT [CHECKPOINT ...] --images IMAGE [IMAGE ...]
+    python -m util.visualize reconstruct CHECKPOINT --images IMAGE ...
+    python -m util.visualize curves OUTPUT_DIR ...
+    python -m util.visualize fusion CHECKPOINT ...
+    python -m util.visualize spectrum CHECKPOINT ... --images IMAGE ...
 
-Checkpoints are of any origin that util/weights.py knows. The functions return matplotlib figures, for notebooks: there
-after `%matplotlib inline` (docs/companion.md has an example).
+Checkpoints are of any origin that util/weights.py knows; IMAGE is a file or a folder. The figure of one checkpoint or
+run is written into its folder, that of several into the current one. The functions return matplotlib figures, for
+notebooks.
 """
 
 import argparse
 import itertools
 import os
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from models_mff import create_untrained_encoder
 from util import log, transforms
-from util.args import ArgumentParser, InputError, number, run
-from util.features import block_features, depth_colour, load_encoder, load_model, spectrum_figure, titles
+from util.args import ArgumentParser, number, run
+from util.errors import InputError
+from util.images import read_given_image
+from util.sources import EXTENSIONS, find_files
+from util.weights import load_encoder, load_model, random_encoder
+
+# --- Reconstruction -----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def reconstruct(model, imgs, mask_ratio=0.75, noise=None):
     """What the model makes of imgs (N, C, H, W), normalised: (masked, reconstruction, pasted), like imgs.
 
-    With norm_pix_loss the model predicts each patch up to its mean and deviation. Both are taken from the true
-    patch (of PixMIM's target, where that was the aim), masked ones included: that leaks the target's coarse colours
-    into the picture. pasted shows the visible patches as they were. MAE, figure 2.
+    With norm_pix_loss the model predicts each patch up to its mean and deviation. Both are taken from the target,
+    hidden patches included, which leaks its coarse colours into the picture. pasted shows the visible patches as they
+    were. MAE, figure 2.
     """
     model.eval()
     _, pred, mask = model(imgs, mask_ratio, noise)  # (N, L, p*p*C), (N, L)
+    pred = pred.float()
     if model.norm_pix_loss:
-        target = model.patchify(model.low_frequency_target(imgs) if is_lowpass(model) else imgs)
-        pred = pred.float() * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)
-    reconstruction = model.unpatchify(pred.float())
-    removed = model.unpatchify(mask.unsqueeze(-1).expand_as(pred))  # 1 where removed
-    return imgs * (1 - removed), reconstruction, imgs * (1 - removed) + reconstruction * removed
+        target_image = getattr(
+            model, 'target_image', lambda imgs: imgs
+        )  # the alternatives of util/variants.py have one
+        target = model.patchify(target_image(imgs))
+        pred = pred * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)
+    reconstruction = model.unpatchify(pred)
+    hidden = model.unpatchify(mask.unsqueeze(-1).expand_as(pred)) > 0
+    return imgs.masked_fill(hidden, 0), reconstruction, torch.where(hidden, reconstruction, imgs)
 
 
 def reconstruction_figure(model, imgs, statistics, mask_ratio=0.75, noise=None):
@@ -46,78 +57,74 @@ def reconstruction_figure(model, imgs, statistics, mask_ratio=0.75, noise=None):
 
     statistics: (mean, std) by which imgs are normalised.
     """
-    columns = {
-        'input': imgs,
-        **dict(zip(['masked', 'reconstruction', 'with visible patches'], reconstruct(model, imgs, mask_ratio, noise))),
-    }
+    masked, reconstruction, pasted = reconstruct(model, imgs, mask_ratio, noise)
+    columns = {'input': imgs, 'masked': masked, 'reconstruction': reconstruction, 'with visible patches': pasted}
     mean, std = (torch.as_tensor(values).view(-1, 1, 1) for values in statistics)
     inputs = imgs.float().cpu() * std + mean
     low, high = inputs.min().clamp(max=0), inputs.max().clamp(min=1)  # 0 and 1, but for arrays of another range
     rows, channels, height, width = imgs.shape
     gap = max(1, height // 16)
-    figure = Figure(figsize=(7, 1.75 * (height + gap) / width * rows + 0.7), layout='constrained', dpi=100)
+
+    column = 1.65 * rows * (height + gap) / width  # inches; title and caption take the same space at any height
+    figure = Figure(figsize=(7, column + 0.7), dpi=100)
+    figure.subplots_adjust(0.015, 0.35 / (column + 0.7), 0.985, 1 - 0.3 / (column + 0.7), wspace=0.04)
     for axes, (title, pictures) in zip(figure.subplots(1, len(columns)), columns.items()):
-        axes.set_title(title, fontsize=10)
-        shades = (pictures.float().cpu() * std + mean - low) / (high - low)
-        shades = (shades if channels == 3 else shades.mean(1, keepdim=True).expand(-1, 3, -1, -1)).clamp(0, 1)
+        shades = ((pictures.float().cpu() * std + mean - low) / (high - low)).clamp(0, 1)
+        if channels != 3:
+            shades = shades.mean(1, keepdim=True).expand(-1, 3, -1, -1)
         shades = F.pad(shades, (0, 0, 0, gap), value=1)  # white below each
         axes.imshow(shades.permute(0, 2, 3, 1).flatten(0, 1).numpy())
+        axes.set_title(title, fontsize=10)
         axes.axis('off')
-    figure.supxlabel(
-        f'{mask_ratio:.0%} of the patches hidden; '
-        + (
-            'predictions un-normalised with the true mean and deviation of each patch (leaks them)'
-            if model.norm_pix_loss
-            else 'pixels as predicted'
-        )
-        + "; PixMIM's target" * is_lowpass(model),
-        fontsize=8,
-    )
+    how = 'with the true mean and deviation of each patch' if model.norm_pix_loss else 'pixels as predicted'
+    figure.text(0.5, 0.1 / (column + 0.7), f'{mask_ratio:.0%} of the patches hidden; {how}', fontsize=8, ha='center')
     return figure
 
 
-def is_lowpass(model):
-    """Whether its target is PixMIM's (util/design_choices.py)."""
-    return getattr(model, 'lowpass', False)
+# --- Curves and fusion weights ------------------------------------------------------------------------------------
 
 
 def curves_figure(output_dirs):
-    """Figure of loss and fusion weights over training, and the final weights, from log.jsonl of one or more runs.
+    """Figure of one or more runs, from log.jsonl: losses, accuracies, and fusion weights in training and at its end.
 
-    The MFF paper's weights of the fused levels in the course of training. Runs without fusion have their loss alone.
-    Raises InputError where there is no log.
+    The last two are the MFF paper's weights of the fused levels; plain MAE has none. Raises InputError where there is
+    no log.
     """
-    runs = {}  # title: {name: points}
-    for title, output_dir in zip(titles(output_dirs), output_dirs):
-        runs[title] = read_curves(output_dir)
-        if not runs[title]:
+    runs = dict(zip(titles(output_dirs), map(read_curves, output_dirs)))
+    for output_dir, curves in zip(output_dirs, runs.values()):
+        if not curves:
             raise InputError(f'{output_dir}: no log.jsonl with a loss in it')
     weights = {title: fusion_curves(curves) for title, curves in runs.items()}
-    columns = 3 if any(weights.values()) else 1
-    figure = Figure(figsize=(4 * columns, 3.5), layout='constrained', dpi=100)
-    loss_axes, *fusion_axes = figure.subplots(1, columns, squeeze=False)[0]
-    for index, (title, curves) in enumerate(runs.items()):
-        for name, style in (('loss', '-'), ('val_loss', 'o--')):
-            if name in curves:
-                label = f'{title}, {name}'
-                loss_axes.plot(*zip(*curves[name]), style, color=f'C{index}', markersize=4, label=label)
-    loss_axes.set(xlabel='epoch', ylabel='loss')
-    loss_axes.grid(alpha=0.3)
-    loss_axes.legend(fontsize=8)
-    if fusion_axes:
-        draw_fusion_curves(fusion_axes[0], weights)
+    accuracy = any(name in ACCURACIES for curves in runs.values() for name in curves)
+    fusion = any(weights.values())
+    columns = 1 + accuracy + 2 * fusion
+    figure = Figure(figsize=(4 * columns, 4), layout='constrained', dpi=100)
+    panels = iter(figure.subplots(1, columns, squeeze=False)[0])
+    draw_curves_of(next(panels), runs, LOSSES, 'loss')
+    if accuracy:
+        draw_curves_of(next(panels), runs, ACCURACIES, 'accuracy, %')
+    if fusion:
+        draw_fusion_curves(next(panels), weights)
         final = {title: {layer: points[-1][1] for layer, points in lines.items()} for title, lines in weights.items()}
-        draw_fusion_weights(fusion_axes[1], final)
+        draw_fusion_weights(next(panels), final)
     return figure
 
 
+LOSSES = {'loss': ('loss', '-'), 'val_loss': ('validation loss', 'o--')}  # name in the log: name for people, line style
+ACCURACIES = {
+    'val_top1': ('top-1', 'o-'),
+    'val_knn_cls': ('20-NN by the cls token', 'o--'),
+    'val_knn_patches': ('20-NN by the mean of patches', 's-'),
+}
+
+
 def read_curves(output_dir):
-    """{name: [(epoch, value)]} of the losses and fusion weights in a run's log.jsonl; nothing where there is none."""
+    """{name: [(epoch, value)]} of losses, accuracies and fusion weights in a run's log.jsonl; {} if there is none."""
     curves = {}
     for entry in log.read(os.path.join(output_dir, 'log.jsonl')):
         for name, value in entry.items():
-            if name in ('loss', 'val_loss') or name.startswith('fusion/'):
-                curves.setdefault(name, []).append((entry['epoch'], value))
+            if name in LOSSES or name in ACCURACIES or name.startswith('fusion/'):
+                curves.setdefault(name, []).append((entry['epoch'], np.nan if value is None else value))
     return curves
 
 
@@ -127,143 +134,230 @@ def fusion_curves(curves):
     return lines if len(lines) > 1 else {}
 
 
+def draw_curves_of(axes, runs, names, ylabel):
+    """Lines of {title: curves}: a colour per run, a line style per name."""
+    for index, (title, curves) in enumerate(runs.items()):
+        for name, (text, style) in names.items():
+            if name in curves:
+                label = f'{title}, {text}'
+                axes.plot(*zip(*curves[name]), style, color=f'C{index}', markersize=3, label=label)
+    finish(axes, 'epoch', ylabel)
+
+
 def draw_fusion_curves(axes, weights):
-    """Lines of {title: {layer: points}}: a colour a layer, a line style a title."""
+    """Lines of {title: {layer: points}}: a colour per layer, a line style per title."""
     layers = sorted({layer for lines in weights.values() for layer in lines})
     styles = dict(zip(weights, itertools.cycle(['-', '--', ':', '-.'])))
     for layer in layers:
         colour = depth_colour(layer, layers[-1])
-        axes.plot([], [], color=colour, label=f'layer {layer}')
+        axes.plot([], [], color=colour, label=f'block {layer}')
         for title, lines in weights.items():
             if layer in lines:
                 axes.plot(*zip(*lines[layer]), styles[title], color=colour)
     for title, lines in weights.items():
         if lines and len(weights) > 1:
             axes.plot([], [], styles[title], color='grey', label=title)
-    axes.set(xlabel='epoch', ylabel='fusion weight')
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    finish(axes, 'epoch', 'fusion weight', ncols=3)
 
 
 def fusion_figure(weights):
-    """Figure of fusion weights {title: {layer: weight}} by layer. The MFF paper's weight of each fused level."""
-    figure = Figure(figsize=(5, 3.5), layout='constrained', dpi=100)
+    """Figure of fusion weights {title: {layer: weight}}. The MFF paper's weight of each fused level."""
+    figure = Figure(figsize=(5, 4), layout='constrained', dpi=100)
     draw_fusion_weights(figure.subplots(), weights)
     return figure
 
 
 def draw_fusion_weights(axes, weights):
-    """Bars of {title: {layer: weight}}, a group a layer, a colour a title."""
+    """Bars of {title: {layer: weight}}: a group per layer, a colour per title."""
     layers = sorted({layer for values in weights.values() for layer in values})
     width = 0.8 / len(weights)
     for index, (title, values) in enumerate(weights.items()):
         places = [layers.index(layer) + (index - (len(weights) - 1) / 2) * width for layer in values]
         if values:
             axes.bar(places, list(values.values()), width, color=f'C{index}', label=title)
-    axes.set(xlabel='layer', ylabel='fusion weight at the end', xticks=range(len(layers)), xticklabels=layers)
-    axes.grid(alpha=0.3, axis='y')
-    axes.legend(fontsize=8)
+    axes.set(xticks=range(len(layers)), xticklabels=layers)
+    finish(axes, 'fused block', 'fusion weight at the end')
 
 
-def read_images(paths, flags, size):
-    """Images as the model of a run with these flags takes them: (N, C, H, W), normalised. Raises InputError."""
-    transform = transforms.centre_transform(size)
-    images = [transform(transforms.read_given_image(path, flags.in_chans)) for path in paths]
-    statistics = transforms.pixel_statistics(flags)
-    return torch.stack([transforms.normalise(image, *statistics) for image in images])  # some may be uint8, some float
+# --- Frequency content of features --------------------------------------------------------------------------------
 
 
-# --- Command: one function a figure -------------------------------------------------------------------------------
+@torch.no_grad()
+def block_features(encoder, imgs, batch_size=64):
+    """The patch tokens after each block, in their places: a list of (N, D, h, w), of imgs (N, C, H, W) normalised."""
+    chunks = [encoder.forward_intermediates(chunk, intermediates_only=True) for chunk in imgs.split(batch_size)]
+    return [torch.cat(parts) for parts in zip(*chunks)]
+
+
+def relative_log_amplitude(maps):
+    """Log amplitude of the Fourier transform of maps (N, D, h, w) by frequency, relative to that of frequency zero.
+
+    The mean over images and channels of log |FFT2|, along the diagonal of the largest square, of side s = min(h, w), at
+    the frequencies 2 pi k / s from zero to the highest, pi where s is even: (1 + s // 2,). 0 at frequency zero by
+    definition; the lower the end, the less fine detail. Park and Kim, "How Do Vision Transformers Work?"
+    (arXiv 2202.06709), Fourier analysis of feature maps; the MFF paper's analysis by frequency is of this kind.
+    """
+    side = min(maps.shape[-2:])
+    amplitude = torch.fft.fft2(maps[..., :side, :side].double()).abs()
+    diagonal = amplitude.diagonal(dim1=-2, dim2=-1)[..., : side // 2 + 1]  # (N, D, F)
+    log_amplitude = (diagonal + 1e-6).log().mean((0, 1))
+    return log_amplitude - log_amplitude[0]
+
+
+def spectrum_figure(features):
+    """Figure of the relative log amplitude by frequency and block, side by side, and at the highest frequency by block.
+
+    features: {title: list of (N, D, h, w), one per block}, as block_features gives them. The MFF paper's analysis of
+    MAE's and MFF's features by frequency; the last panel is Park and Kim's high-frequency amplitude by depth.
+    """
+    figure = Figure(figsize=(3.2 * (len(features) + 1), 4), layout='constrained', dpi=100)
+    *panels, last = figure.subplots(1, len(features) + 1, sharey=True)
+    for axes, (title, blocks) in zip(panels, features.items()):
+        curves = [relative_log_amplitude(maps) for maps in blocks]
+        frequency = 2 * torch.arange(len(curves[0])) / min(blocks[0].shape[-2:])
+        for depth, curve in enumerate(curves):
+            axes.plot(frequency, curve, color=depth_colour(depth, len(curves) - 1), label=f'block {depth}')
+        axes.set_title(title)
+        finish(axes, 'frequency / π', 'relative log amplitude', ncols=3)
+        last.plot([curve[-1] for curve in curves], 'o-', markersize=3, label=title)
+    last.set_title('at the highest frequency')
+    last.xaxis.get_major_locator().set_params(integer=True)
+    finish(last, 'block', '')
+    return figure
+
+
+# --- What the figures share ---------------------------------------------------------------------------------------
+
+
+def depth_colour(block, last):
+    """The colour of a block, from dark for the first to light for the last, in every figure of blocks or levels."""
+    return colormaps['viridis'](block / (last + 1))
+
+
+def finish(axes, xlabel, ylabel, ncols=1):
+    """Labels, grid, and a legend below the axes, where it covers nothing."""
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.16), ncols=ncols, fontsize=8, frameon=False)
+
+
+def titles(paths):
+    """Short names of checkpoints or folders: without what all have in common at the start and at the end."""
+    parts = [os.path.abspath(path).removesuffix('.pth').split(os.sep) for path in paths]
+    if len(parts) == 1:
+        *_, folder, name = parts[0]
+        return [folder if name.startswith('checkpoint-') else name]
+    while min(map(len, parts)) > 1 and len({part[0] for part in parts}) == 1:
+        parts = [part[1:] for part in parts]
+    while min(map(len, parts)) > 1 and len({part[-1] for part in parts}) == 1:
+        parts = [part[:-1] for part in parts]
+    return ['/'.join(part) for part in parts]
+
+
+def read_images(paths, settings, most=None):
+    """Images as the model of these settings takes them, (N, C, H, W) normalised; of a folder `most`, spread over it.
+
+    Raises:
+        InputError: if there are none, or one cannot be read.
+    """
+    files = []
+    for path in paths:
+        if os.path.isdir(path):
+            found = [os.path.join(path, os.fsdecode(name)) for name in find_files(path, EXTENSIONS)]
+            count = min(len(found), most or len(found))
+            files += [found[i * len(found) // count] for i in range(count)]
+        else:
+            files.append(path)
+    if not files:
+        raise InputError(f'no image in {", ".join(paths)}')
+    transform = transforms.centre_transform(settings.sizes['img_size'])
+    images = [transform(read_given_image(file, settings.sizes['in_chans'])) for file in files]
+    return torch.stack([transforms.normalise(image, settings.mean, settings.std) for image in images])
+
+
+# --- Command: one function per figure -----------------------------------------------------------------------------
 
 
 def draw_reconstruction(args):
-    model, flags = load_model(args.checkpoint)
+    (path,) = args.paths
+    model, settings = load_model(path)
     if args.norm_pix_loss is not None:
-        if flags.norm_pix_loss not in (None, args.norm_pix_loss):
-            raise InputError(f'{args.checkpoint} says itself how its pixels were predicted; leave --norm_pix_loss away')
+        if settings.flags.norm_pix_loss not in (None, args.norm_pix_loss):
+            raise InputError(f'{path} says itself how its pixels were predicted; leave out --norm_pix_loss')
         model.norm_pix_loss = args.norm_pix_loss
-    imgs = read_images(args.images, flags, model.patch_embed.img_size)
+    imgs = read_images(args.images, settings, most=8)
     noise = torch.rand(len(imgs), model.patch_embed.num_patches, generator=torch.Generator().manual_seed(args.seed))
-    mask_ratio = flags.mask_ratio if args.mask_ratio is None else args.mask_ratio
-    return reconstruction_figure(model, imgs, transforms.pixel_statistics(flags), mask_ratio, noise)
+    mask_ratio = settings.flags.mask_ratio if args.mask_ratio is None else args.mask_ratio
+    return reconstruction_figure(model, imgs, (settings.mean, settings.std), mask_ratio, noise)
 
 
 def draw_curves(args):
-    return curves_figure(list(dict.fromkeys(args.output_dirs)))
+    return curves_figure(args.paths)
 
 
 def draw_fusion(args):
-    paths, weights = list(dict.fromkeys(args.checkpoints)), []
-    for path in paths:
+    weights = {}
+    for title, path in zip(titles(args.paths), args.paths):
         model, _ = load_model(path)
         if len(model.fusion_weights) < 2:
             raise InputError(f'{path}: no fusion weights to show; it is plain MAE, or fuses by attention')
-        weights.append(dict(zip(model.fuse_layers, model.fusion_weights.tolist())))
-    return fusion_figure(dict(zip(titles(paths), weights)))
+        weights[title] = dict(zip(model.fuse_layers, model.fusion_weights.tolist()))
+    return fusion_figure(weights)
 
 
 def draw_spectrum(args):
-    paths = list(dict.fromkeys(args.checkpoints))
-    encoders = dict(zip(titles(paths), map(load_encoder, paths)))
+    encoders = dict(zip(titles(args.paths), map(load_encoder, args.paths)))
     if args.random:
         torch.manual_seed(args.seed)
-        flags = next(iter(encoders.values()))[1]
-        name = flags.model.removeprefix('mff_')
-        encoders['random weights'] = create_untrained_encoder(name, flags.input_size, flags.in_chans).eval(), flags
-    features = {}
-    for title, (encoder, flags) in encoders.items():
-        features[title] = block_features(encoder, read_images(args.images, flags, encoder.patch_embed.img_size))
-    return spectrum_figure(features)
+        _, settings = next(iter(encoders.values()))
+        encoders['random weights'] = random_encoder(settings.sizes), settings
+    return spectrum_figure(
+        {
+            title: block_features(encoder.eval(), read_images(args.images, settings, most=100))
+            for title, (encoder, settings) in encoders.items()
+        }
+    )
 
 
 def main(args):
-    out = args.out or f'{args.figure}.png'
-    if os.path.isdir(out) or not os.path.basename(out):
-        raise InputError(f'--out {out} is a folder; name a file in it')
-    out = out if os.path.splitext(out)[1] else f'{out}.png'
-    figure = args.draw(args)
+    args.paths = list(dict.fromkeys(args.paths))
+    figure, out = args.draw(args), args.out
+    if out is None:
+        first = args.paths[0]
+        folder = first if os.path.isdir(first) else os.path.dirname(first)
+        out = os.path.join(folder if len(args.paths) == 1 else '', f'{args.figure}.png')
     try:
         figure.savefig(out)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f'{out}: {getattr(error, "strerror", None) or error}') from None
-    if args.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-
-        try:
-            with SummaryWriter(args.tensorboard) as board:
-                board.add_figure(args.figure, figure)
-        except OSError as error:
-            raise InputError(f'--tensorboard {args.tensorboard}: {error.strerror}') from None
     print(f'wrote {out}')
 
 
 def get_parser():
-    parser = ArgumentParser('Pictures of a model')
+    parser = ArgumentParser('Figures of checkpoints and runs')
     figures = parser.add_subparsers(dest='figure', required=True)
 
-    def add_figure(name, draw, text):
-        one = figures.add_parser(name, help=text)
+    def add_figure(name, draw, text, paths='checkpoint', nargs='+'):
+        one = figures.add_parser(name, help=text, description=text)
         one.set_defaults(draw=draw)
-        one.add_argument('--out', help=f'(default: {name}.png)')
-        one.add_argument('--tensorboard', metavar='DIR', help='also write it there, for TensorBoard')
+        one.add_argument('paths', nargs=nargs, metavar=paths.upper())
+        one.add_argument('--out', help=f'(default: {name}.png in the folder of the {paths})')
         return one
 
-    one = add_figure('reconstruct', draw_reconstruction, 'input, masked, reconstruction')
-    one.add_argument('checkpoint')
-    one.add_argument('images', nargs='+')
-    one.add_argument('--mask_ratio', type=number(float, 0, 0.999), help='(default: that of the training)')
-    one.add_argument('--seed', type=number(int, 0, 2**63 - 1), default=0, help='of the masks')
+    def add_images(one, seed):
+        one.add_argument('--images', nargs='+', required=True, metavar='IMAGE', help='image files, or folders of them')
+        one.add_argument('--seed', type=number(int, 0, 2**63 - 1), default=0, help=f'{seed} (default: %(default)s)')
+
+    one = add_figure('reconstruct', draw_reconstruction, 'input, masked, reconstruction', nargs=1)
+    add_images(one, 'of the masks')
+    one.add_argument('--mask_ratio', type=number(float, 0, 0.999), help='(default: as in training)')
     boolean = argparse.BooleanOptionalAction
     one.add_argument('--norm_pix_loss', action=boolean, help='for files that do not say it (default: yes)')
-    one = add_figure('curves', draw_curves, 'loss and fusion weights over training')
-    one.add_argument('output_dirs', nargs='+')
-    one = add_figure('fusion', draw_fusion, 'fusion weights by layer')
-    one.add_argument('checkpoints', nargs='+')
+    add_figure('curves', draw_curves, 'losses, accuracies and fusion weights over training', 'output_dir')
+    add_figure('fusion', draw_fusion, 'fusion weights by block')
     one = add_figure('spectrum', draw_spectrum, 'frequency content of the features of each block')
-    one.add_argument('checkpoints', nargs='+')
-    one.add_argument('--images', nargs='+', required=True, metavar='IMAGE')
+    add_images(one, 'of the random weights')
     one.add_argument('--random', action='store_true', help='beside them, the first network with random weights')
-    one.add_argument('--seed', type=number(int, 0, 2**63 - 1), default=0, help='of the random weights')
     return parser
 
 
