@@ -4,13 +4,14 @@
     python -m benchmarks.loader --data_path IMAGES --workers 1 8 16 --batch_size 256 --images 20000
 
 Plain is what most projects have: PIL, torchvision's v1 transforms to normalised float, torch's DataLoader. The variants
-take turns, in alternating order. "one core" counts the CPU time in which this process makes batches as a worker does,
-whatever else runs on the machine. The others are by the clock: normalised float batches on the device, from when every
-worker has given a batch.
+take turns, in alternating order. "one core" is the CPU time in which this process makes batches as a worker does,
+whatever else runs on the machine. The others are wall-clock time: normalised float batches on the device, counted once
+every worker has delivered a batch.
 """
 
 import io
 import itertools
+import math
 import os
 import tempfile
 import time
@@ -21,8 +22,8 @@ from torchvision import transforms as v1
 
 from benchmarks import report
 from benchmarks.step import synchronise
-from util import data, distributed, resize, transforms
-from util.args import ArgumentParser, InputError, number, run
+from util import data, distributed, resize, sources, transforms
+from util.args import ArgumentParser, number, run
 
 SIDE = 224
 STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -31,15 +32,14 @@ STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def get_parser():
     parser = ArgumentParser(__doc__.splitlines()[0])
     add, count = parser.add_argument, number(int, 1)
-    add('--data_path', required=True, help='images in files, as of main_pretrain.py')
+    add('--data_path', required=True, help='a folder of images')
     add('--resized', help='a copy by util.resize (default: one is made, and deleted afterwards)')
     add('--crops', choices=list(PLAIN), nargs='+', default=list(PLAIN), help='(default: simple rrc)')
-    add('--workers', type=count, nargs='*', default=[1, 2], help='(default: 1 2; none: one core only)')
+    add('--workers', type=count, nargs='*', default=[1, 2], help='numbers of workers (default: 1 2; none: one core)')
     add('--batch_size', type=count, default=32, help='(default: %(default)s)')
-    add('--images', type=count, default=600, help='images of a turn (default: %(default)s)')
+    add('--images', type=count, default=600, help='images per turn (default: %(default)s)')
     add('--rounds', type=count, default=5, help='(default: %(default)s)')
     add('--device', default='auto', help='cuda or cpu (default: the first of them that is there)')
-    add('--download_dir', default='data', help='as of main_pretrain.py')
     add('--out', help='write OUT.md and OUT.json')
     return parser
 
@@ -47,23 +47,17 @@ def get_parser():
 def main(args):
     device = torch.device(distributed.choose_device(args.device))
     with tempfile.TemporaryDirectory() as folder:
-        copy = args.resized or os.path.join(folder, 'copy')
-        if not args.resized:
-            flags = ['--size', str(SIDE), '--max_bad', '1', '--download_dir', args.download_dir]
-            resize.main(resize.get_parser().parse_args([args.data_path, copy, *flags]))
-        source, resized = (
-            data.open_source(path, 'train', download_dir=args.download_dir) for path in (args.data_path, copy)
-        )
-        if not isinstance(source, data.ImageFiles):
-            raise InputError(f'{args.data_path}: the plain pipeline needs images in files')
+        copy = args.resized
+        if not copy:
+            copy = os.path.join(folder, 'copy')
+            resize.main(resize.get_parser().parse_args([args.data_path, copy, '--size', str(SIDE), '--max_bad', '1']))
+        source, resized = sources.open_source(args.data_path), sources.open_source(copy)
         print(difference(source, resized), flush=True)
         rounds = {(crop, workers): [] for crop in args.crops for workers in [0, *args.workers]}
         for number_of_round, (crop, workers) in itertools.product(range(args.rounds), rounds):
-            rates, samples = (
-                {},
-                {'plain': Plain(source, crop), 'ours': ours(source, crop), 'resized': ours(resized, crop)},
-            )
-            for name in list(samples)[:: -1 if number_of_round % 2 else 1]:
+            samples = {'plain': Plain(source, crop), 'ours': ours(source, crop), 'resized': ours(resized, crop)}
+            rates = {}
+            for name in reversed(samples) if number_of_round % 2 else samples:
                 rates[name] = images_per_second(samples[name], workers, device, args)
             rounds[crop, workers].append(rates)
             print(crop, by(workers), {name: round(rate) for name, rate in rates.items()}, flush=True)
@@ -72,10 +66,10 @@ def main(args):
 
 
 def difference(source, resized, count=300):
-    """A line: how the pixels of a copy differ from those that --crop simple makes of the first images of its source."""
+    """One line: how far the pixels of a copy are from what --crop simple resizes the images of its source to."""
     names = zip(source.names.tolist(), resized.names.tolist())
     if len(source) != len(resized) or not all(copy.startswith(name) for name, copy in names):
-        return 'pixels of the copy: not compared, as its images are not all of the source in the same order'
+        return 'pixels of the copy: not compared, as its images are not those of the source'
     cover = transforms.Cover((SIDE, SIDE))
     pairs = [(cover(source[index][0]), resized[index][0]) for index in range(min(count, len(source)))]
     differences = torch.cat([(ours.float() - copied).flatten() for ours, copied in pairs])
@@ -84,7 +78,7 @@ def difference(source, resized, count=300):
 
 
 def by(workers):
-    return f'{workers} worker{"s" * (workers > 1)}' if workers else 'one core'
+    return {0: 'one core', 1: '1 worker'}.get(workers, f'{workers} workers')
 
 
 PLAIN = {
@@ -94,7 +88,7 @@ PLAIN = {
 
 
 class Plain(torch.utils.data.Dataset):
-    """(epoch, index) -> (normalised float image (3, SIDE, SIDE), label)."""
+    """(epoch, index) -> (normalised float image (3, SIDE, SIDE), 0)."""
 
     def __init__(self, source, crop):
         self.source = source
@@ -106,11 +100,11 @@ class Plain(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         image = Image.open(io.BytesIO(self.source.content(key[1]))).convert('RGB')
-        return self.transform(image), int(self.source.labels[key[1]])
+        return self.transform(image), 0
 
 
 def ours(source, crop):
-    """As main_pretrain.py has it, masks included."""
+    """The samples of main_pretrain.py, masks included."""
     return data.Samples(source, transforms.pretrain_transform((SIDE, SIDE), crop), num_patches=(SIDE // 16) ** 2)
 
 
@@ -125,7 +119,7 @@ def batches_on(device, samples, keys, workers):
 
 def images_per_second(samples, workers, device, args):
     size, first = min(args.batch_size, len(samples)), max(1, workers)
-    keys = data.BatchStream(len(samples), size, size, 0, 0, first - -args.images // size)
+    keys = data.BatchStream(len(samples), size, size, 0, 0, first + math.ceil(args.images / size))
     if workers:
         batches, clock = batches_on(device, samples, keys, workers), time.perf_counter
     else:

@@ -1,15 +1,14 @@
-"""A copy of a data set, resized once: --crop simple starts with the same resize of every image in every epoch.
+"""A copy of a folder of images, resized once: --crop simple starts with the same resize of every image in every epoch.
 
     python -m util.resize IMAGENET IMAGENET_224 --size 224                 # JPEG of quality 95
-    python -m util.resize IMAGENET IMAGENET_224 --size 224 --lossless      # the very pixels, seven times the size
+    python -m util.resize IMAGENET IMAGENET_224 --size 224 --lossless      # the same pixels, seven times the size
     python main_pretrain.py @recipes/vit_base_300e_pretrain.txt --data_path IMAGENET_224
 
-The copy is an ordinary folder of images: names, order and labels are those of the source, which is anything that
---data_path takes and that has files. The smallest size that covers --size is kept, so that a crop has as much choice
-as before. Killed and run again, it goes on; what cannot be read is left out and listed in DST/bad_images.txt.
+The copy has the folders and names of the source. Each image keeps the smallest size that covers --size, so that a crop
+has as much choice as before. The same command resumes a copy that was interrupted. Images that cannot be read are left
+out and listed in DST/bad_images.txt.
 """
 
-import fcntl
 import io
 import json
 import os
@@ -19,17 +18,19 @@ import torch
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
-from util import data
-from util.args import ArgumentParser, ImageSize, InputError, RunError, number, run
+from util import data, sources
+from util.args import ArgumentParser, ImageSize, number, run
+from util.errors import InputError, RunError
+from util.images import WHITE
 from util.transforms import Cover
 
 SUFFIXES = {'.jpg': ('.jpg', '.jpeg'), '.bmp': ('.bmp',), '.npy': ('.npy',)}  # a name that has one keeps it
 
 
 def get_parser():
-    parser = ArgumentParser('Copy a data set, resized to what --crop simple resizes each image to.')
+    parser = ArgumentParser('Copy a folder of images, resized to what --crop simple resizes each image to.')
     add, count = parser.add_argument, number(int, 1)
-    add('src', metavar='SRC', help='a folder of images, a tar or a folder of them, or a .txt file that lists images')
+    add('src', metavar='SRC', help='a folder of images')
     add('dst', metavar='DST', help='folder for the copy')
     add(
         '--size',
@@ -43,99 +44,74 @@ def get_parser():
     add('--quality', type=number(int, 1, 100), default=95, help='of the JPEG files (default: %(default)s)')
     add('--lossless', action='store_true', help='BMP: larger than JPEG, faster to read than PNG or WebP')
     add('--in_chans', type=count, default=3, help='channels; arrays of other than 1 or 3 stay .npy (default: 3)')
+    add('--background', type=number(int, 0, 255), nargs=3, metavar=('R', 'G', 'B'), default=list(WHITE),
+        help='colour behind transparent images (default: white)')  # fmt: skip
     add('--max_bad', type=number(float, 0, 1), default=0.01, metavar='SHARE', help='as of main_pretrain.py')
     add('--num_workers', type=number(int, 0), help='processes (default: the CPU cores, at most 16)')
-    add('--download_dir', default='data', help='for the indices of tar files and folders (default: %(default)s)')
     return parser
 
 
 def main(args):
-    sources = [
-        data.open_source(args.src, split, args.in_chans, download_dir=args.download_dir) for split in data.SPLITS
-    ]
-    sources = {split: source for split, source in zip(data.SPLITS, sources) if source is not None}
-    if not all(isinstance(source, data.ImageFiles) for source in sources.values()):
-        raise InputError(f'{args.src}: only images in files can be copied')
-    lock = open_destination(args)
-    for split, source in sources.items():
-        copies = Copies(source, args, split if len(sources) > 1 else '')
-        copy(copies, args)
-        if copies.listed:
-            copies.write_list(os.path.join(args.dst, os.path.basename(args.src)))
-    lock.close()
+    if not os.path.isdir(args.src):
+        raise InputError(f'{args.src}: not a folder of images')
+    names = sources.find_files(args.src, sources.EXTENSIONS)
+    source = sources.ImageFiles(args.src, names, sources.Options(args.in_chans, tuple(args.background)))
+    sources.check_readable(source, args.src, args.in_chans)
+    copies = Copies(source, args)
+    prepare(args)
+    copy(copies, args)
 
 
-def open_destination(args):
-    """DST/resize.json, open and locked until it is closed. InputError if DST is in use, or holds anything else."""
-    src, path = os.path.realpath(args.src), os.path.join(args.dst, 'resize.json')
+def prepare(args):
+    """Create DST with a note of the settings. Raises InputError if it holds anything but a copy with the same ones."""
+    src, note = os.path.realpath(args.src), os.path.join(args.dst, 'resize.json')
     if os.path.commonpath([src, os.path.realpath(args.dst)]) == src:
         raise InputError(f'{args.dst} lies inside {args.src}; choose a folder elsewhere')
+    settings = {name: vars(args)[name] for name in ('size', 'quality', 'lossless', 'in_chans', 'background')}
+    settings = json.dumps({'src': src, **settings}) + '\n'
     try:
         os.makedirs(args.dst, exist_ok=True)
-        if os.listdir(args.dst) and not os.path.exists(path):
-            raise InputError(f'{args.dst}: not empty, and not a copy that could be gone on with')
-        file = open(path, 'a+')
+        if not [name for name in os.listdir(args.dst) if name[0] != '.']:
+            write(note, settings.encode())
+        with open(note) as file:
+            text = file.read()
+    except FileNotFoundError:
+        raise InputError(f'{args.dst}: not empty, and not a copy that this command made') from None
     except OSError as error:
         raise InputError(f'{error.filename}: {error.strerror}') from None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise InputError(f'{path}: in use by another process, or it cannot be locked ({error.strerror})') from None
-    ours = {name: vars(args)[name] for name in ('size', 'quality', 'lossless', 'in_chans')}
-    ours['src'] = src
-    file.seek(0)
-    text = file.read()
-    if not text:
-        file.write(json.dumps(ours) + '\n')
-        file.flush()
-    elif json.loads(text) != ours:
+    if text != settings:
         raise InputError(f'{args.dst} was made with {text.strip()}; choose another folder')
-    return file
 
 
 class Copies(torch.utils.data.Dataset):
     """The images of a source and where they go: [index] copies one, and returns (problem or '', bytes before, after).
 
-    Names stay as they are, but for a suffix of the new format where they have another.
+    Names stay as they are, except that they get the suffix of the new format if they have another.
     """
 
-    def __init__(self, source, args, split):
-        self.source, self.cover, self.quality = source, Cover(args.size), args.quality
-        self.root, self.listed = args.dst, False
-        names = [os.fsdecode(name) for name in source.names.tolist()]
-        if isinstance(source, data.TarImages):
-            names = [os.path.join(split, name) for name in names]
-        elif os.path.isdir(args.src):
-            folder = os.path.relpath(source.root, args.src)  # train, or what its val/ is called, or nothing
-            names = [os.path.normpath(os.path.join(folder, name)) for name in names]
+    def __init__(self, source, args):
+        self.source, self.cover, self.quality, self.dst = source, Cover(args.size), args.quality, args.dst
+        if source.dtype != torch.uint8 or args.in_chans not in (1, 3):
+            self.suffix = '.npy'
         else:
-            self.listed = True
-            paths = [os.path.abspath(os.path.join(source.root, name)) for name in names]
-            top = os.path.commonpath([os.path.dirname(path) for path in paths])
-            names = [path[len(top) :].lstrip(os.sep) for path in paths]
-        images = source.dtype == torch.uint8 and args.in_chans in (1, 3)
-        self.suffix = '.npy' if not images else '.bmp' if args.lossless else '.jpg'
-        kept = SUFFIXES[self.suffix]
-        targets = [name if name.lower().endswith(kept) else name + self.suffix for name in names]
-        self.targets = np.array([os.fsencode(name) for name in targets])
-        self.indices = np.unique(self.targets, return_index=True)[1]  # a list may name an image twice
-        if len(self.indices) < len(set(names)):
+            self.suffix = '.bmp' if args.lossless else '.jpg'
+        names = source.names.tolist()
+        suffix, kept = self.suffix.encode(), tuple(map(str.encode, SUFFIXES[self.suffix]))
+        self.targets = np.array([name if name.lower().endswith(kept) else name + suffix for name in names])
+        if len(np.unique(self.targets)) < len(names):
             raise InputError(f'{args.src}: two images would get one name, such as A.png and A.png{self.suffix}')
 
     def __len__(self):
-        return len(self.indices)
+        return len(self.source)
 
-    def path(self, index):
-        return os.path.join(self.root, os.fsdecode(self.targets[index]))
-
-    def __getitem__(self, number):
-        index = int(self.indices[number])
+    def __getitem__(self, index):
+        target, path = os.path.join(self.dst, os.fsdecode(self.targets[index])), self.source.path(index)
         try:
-            if not os.path.exists(self.path(index)):
-                write(self.path(index), self.encode(self.cover(self.source[index][0])))
+            if not os.path.exists(target):
+                write(target, self.encode(self.cover(self.source[index][0])))
         except ValueError as error:
-            return data.describe(error, self.source.path(index)), 0, 0
-        return '', self.source.size(index), os.path.getsize(self.path(index))
+            return data.describe(error, path), 0, 0
+        return '', os.path.getsize(path), os.path.getsize(target)
 
     def encode(self, image):
         """(C, H, W) -> the bytes of a file."""
@@ -146,17 +122,9 @@ class Copies(torch.utils.data.Dataset):
             to_pil_image(image).save(buffer, {'.jpg': 'JPEG', '.bmp': 'BMP'}[self.suffix], quality=self.quality)
         return buffer.getvalue()
 
-    def write_list(self, path):
-        """The list of the source, of what has been copied."""
-        classes = self.source.classes
-        with open(path, 'w', encoding='utf-8', errors='surrogateescape') as file:
-            for index, (name, label) in enumerate(zip(self.targets.tolist(), self.source.labels.tolist())):
-                if os.path.exists(self.path(index)):
-                    file.write(os.fsdecode(name) + (f'\t{classes[label]}' if classes else '') + '\n')
-
 
 def write(path, content):
-    """A file that is whole or not there. Raises RunError."""
+    """Write a file that is either complete or not there. Raises RunError."""
     folder, name = os.path.split(path)
     unfinished = os.path.join(folder, f'.{name}.tmp')  # hidden: nothing takes it for an image
     try:
@@ -169,19 +137,20 @@ def write(path, content):
 
 
 def copy(copies, args):
-    """Make all copies, and say what came of it. Raises RunError if more than --max_bad cannot be read."""
+    """Make all copies and print a summary. Raises RunError if more than --max_bad cannot be read."""
     bad, before, after = data.BadImages(len(copies), args.max_bad, args.dst), 0, 0
     num_workers = data.default_workers() if args.num_workers is None else args.num_workers
     loader = torch.utils.data.DataLoader(copies, batch_size=16, collate_fn=list, **data.worker_options(num_workers))
     with tqdm(desc=args.dst, total=len(copies), unit='image', disable=None) as bar:
-        for results in loader:
-            problems, *sizes = zip(*results)
-            before, after = before + sum(sizes[0]), after + sum(sizes[1])
+        for results in data.start_workers(loader):
+            problems, sizes_before, sizes_after = zip(*results)
+            before, after = before + sum(sizes_before), after + sum(sizes_after)
             bad.add(problems)
             bad.check(bad.count)
             bar.update(len(results))
-    left_out = f', {bad.count} that cannot be read left out (see {bad.file})' * (bad.count > 0)
-    print(f'{len(copies) - bad.count} images, {before / 1e6:.1f} MB, in {args.dst} {after / 1e6:.1f} MB{left_out}')
+    print(f'{len(copies) - bad.count} images, {before / 1e6:.1f} MB, in {args.dst} {after / 1e6:.1f} MB')
+    if bad.count:
+        print(f'{bad.count} images that cannot be read are left out; see {bad.file}')
 
 
 if __name__ == '__main__':
