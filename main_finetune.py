@@ -10,44 +10,41 @@ processes and recipes are as in main_pretrain.py.
 
 import argparse
 import json
+import sys
 
 import torch
-from timm.data import Mixup
 from timm.data.auto_augment import rand_augment_transform
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 import engine
 from models_mff import MODELS, create_encoder
-from util import checkpoint, data, distributed, optim, transforms
-from util.args import ArgumentParser, InputError, add_common_arguments, as_input_error, number, run
+from util import data, distributed, images, mix, optim, sources, transforms, weights
+from util.args import ArgumentParser, add_common_arguments, add_model_arguments, number, run
+from util.errors import InputError, as_input_error
 
 
 def get_parser():
-    parser = ArgumentParser(__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__)
     add_common_arguments(parser)
-    parser.set_defaults(blr=5e-4, betas=[0.9, 0.999], min_lr=1e-6, warmup_epochs=5, epochs=100, total_batch_size=1024)
+    add_model_arguments(parser, MODELS)
+    parser.set_defaults(blr=5e-4, betas=[0.9, 0.999], min_lr=1e-6, epochs=100)
     add = parser.add_argument_group('fine-tuning').add_argument
-    names = ', '.join(name.removeprefix('mff_') for name in MODELS)
-    ratio, rate = number(float, 0, 1), number(float, 0)
-    add('--model', default='vit_base_patch16', help=f'{names} (default: %(default)s)')
-    add('--layer_decay', type=ratio, default=0.65, help='learning rate of a block over the next (default: %(default)s)')
-    add('--drop_path', type=ratio, default=0.1, help='at the last block (default: %(default)s)')
+    ratio, rate, default = number(float, 0, 1), number(float, 0), '(default: %(default)s)'
+    add('--layer_decay', type=ratio, default=0.65, help=f'learning rate of a block over the next {default}')
+    add('--drop_path', type=number(float, 0, 0.99), default=0.1, help=f'at the last block {default}')
+    add('--aa', type=augmentation, default='rand-m9-mstd0.5-inc1', help=f"timm's RandAugment, or none {default}")
+    add('--reprob', type=ratio, default=0.25, help=f'probability of random erasing {default}')
+    add('--mixup', type=rate, default=0.8, help=f'alpha of Mixup, 0: off {default}')
+    add('--cutmix', type=rate, default=1.0, help=f'alpha of CutMix, 0: off {default}')
+    add('--smoothing', type=number(float, 0, 0.99), default=0.1, help=f'label smoothing {default}')
     add(
-        '--aa',
-        type=augmentation,
-        default='rand-m9-mstd0.5-inc1',
-        help='RandAugment of timm, or none (default: %(default)s)',
-    )
-    add('--reprob', type=ratio, default=0.25, help='probability of random erasing (default: %(default)s)')
-    add('--mixup', type=rate, default=0.8, help='alpha of Mixup, 0: off (default: %(default)s)')
-    add('--cutmix', type=rate, default=1.0, help='alpha of CutMix, 0: off (default: %(default)s)')
-    add('--smoothing', type=ratio, default=0.1, help='label smoothing (default: %(default)s)')
-    add(
-        '--crop_pct', type=ratio, default=0.875, help="share of a test image's side that is seen (default: %(default)s)"
+        '--crop_pct',
+        type=number(float, 0.01, 1),
+        help='share of a test image that is seen (default: 0.875)',
     )
     add('--grad_checkpointing', action='store_true', help='less memory: activations are computed twice')
     add('--eval', action='store_true', help='only evaluate the weights of --init_from')
-    add('--predict', nargs='+', metavar='IMAGE', help='only predict the classes of images with --init_from')
+    add('--predict', nargs='+', metavar='PATH', help='only predict the classes of images and folders with --init_from')
     add('--json', action='store_true', help='predictions as JSON lines')
     return parser
 
@@ -65,36 +62,52 @@ def augmentation(text):
 def main(args):
     if args.predict:
         return predict(args)
+
+    # --- Model and data -------------------------------------------------------------------------------------------
     torch.manual_seed(args.seed)
+    settings = weights.settle(args)  # sizes, mean, std: from flags, --init_from or --model
     with as_input_error():
-        model = create_encoder(args.model, args.input_size, args.in_chans, 'avg', args.drop_path)
-    size = model.patch_embed.img_size
-    train_source, val_source = data.open_labelled_sources(args, size)
+        model = create_encoder(settings.sizes, 'avg', args.drop_path)
+    train_source, val_source = sources.open_labelled_sources(args, settings.sizes, only_val=args.eval)
     give_head(model, len(val_source.classes))
     model.set_grad_checkpointing(args.grad_checkpointing)
-    origin = engine.initial_weights(args, model, needed=args.eval, whole=args.eval)
-    task = engine.prepare_classification(args, model, origin, size, train_source, val_source, args.eval)
+    origin = engine.initial_weights(args, model, settings, complete=args.eval)
     if args.eval:
-        return engine.report(task)
-
-    groups = optim.param_groups(model, args.weight_decay, args.layer_decay)
-    fused = task.device.type in ('cuda', 'cpu')
-    optimizer = torch.optim.AdamW(groups, lr=task.plan.lr, betas=args.betas, fused=fused)
-    mix, criterion = None, LabelSmoothingCrossEntropy(args.smoothing)
-    if args.mixup > 0 or args.cutmix > 0:  # one of them on every batch
-        if task.plan.batch_size % 2:
-            raise InputError(f'Mixup and CutMix mix pairs of images: --batch_size {task.plan.batch_size} must be even')
-        mix = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=len(task.classes))
+        return engine.report_classifier(args, model, val_source, settings, origin)
+    if args.mixup > 0 or args.cutmix > 0:  # one of them on every pair of images
+        mixing = mix.Mix(args.mixup, args.cutmix, args.smoothing, len(val_source.classes), args.seed)
         criterion = SoftTargetCrossEntropy()
+    else:
+        mixing, criterion = None, LabelSmoothingCrossEntropy(args.smoothing)
+    drop_path = mix.PlacedDropPath(model, args.seed)
+    statistics = settings.mean, settings.std
+    augment = transforms.finetune_transform(settings.sizes['img_size'], statistics, args.aa, args.reprob)
+    samples = data.Samples(train_source, augment, seed=args.seed)
 
-    def loss_fn(model, batch):
-        imgs, labels = mix(*batch) if mix else batch
-        with task.autocast():
-            logits = model(imgs)
+    # --- Run: output folder, checkpoint to resume, processes, device ----------------------------------------------
+    schedule = engine.make_schedule(args, len(train_source), usual_batch=1024)
+    if mixing and schedule.batch_size % 2:
+        raise InputError(f'Mixup and CutMix mix pairs of images: --batch_size {schedule.batch_size} must be even')
+    state = engine.start_run(args, schedule, model, settings, val_source.classes)
+    model.to(state.device)
+    loader = engine.training_loader(state, samples, settings)
+    val_loader = engine.classes_loader(args, val_source, settings, state.device)
+    groups = optim.param_groups(model, args.weight_decay, args.layer_decay)
+    fused = state.device.type in ('cuda', 'cpu')
+    optimizer = torch.optim.AdamW(groups, lr=schedule.lr, betas=args.betas, fused=fused)
+
+    # --- Train ----------------------------------------------------------------------------------------------------
+    def loss_fn(network, batch, place):
+        imgs, labels = batch
+        if mixing:
+            imgs, labels = mixing(imgs, labels, place)
+        drop_path.draw(len(imgs), place, state.device)
+        with state.autocast():
+            logits = network(imgs)
         return criterion(logits.float(), labels)
 
-    transform = transforms.finetune_transform(size, transforms.pixel_statistics(args), args.aa, args.reprob)
-    engine.train_classifier(task, optimizer, loss_fn, transform)
+    title = f'Fine-tuning on {len(val_source.classes)} classes; {origin}'
+    engine.train_classifier(state, model, optimizer, loss_fn, loader, val_loader, title)
 
 
 def give_head(model, num_classes):
@@ -106,27 +119,39 @@ def give_head(model, num_classes):
 
 @torch.no_grad()
 def predict(args):
-    """Print the most probable classes of images, by a fine-tuned checkpoint of this project, which knows its flags."""
+    """Print the most probable classes of images, by a fine-tuned checkpoint of this project, which knows its flags.
+
+    An image that cannot be read is reported, and the exit code is 1 at the end.
+    """
     if not args.init_from:
         raise InputError('--predict needs a fine-tuned checkpoint: --init_from CHECKPOINT')
-    state = checkpoint.read_file(args.init_from)
-    if not {'classes', 'args', 'model'} <= state.keys():
+    settings = weights.settle(args)
+    if not settings.classes:
         raise InputError(f'{args.init_from}: not a fine-tuned checkpoint of this project, which would name the classes')
-    flags, classes = argparse.Namespace(**state['args']), state['classes']
-    model = create_encoder(flags.model, flags.input_size, flags.in_chans, 'avg')
-    give_head(model, len(classes))
-    checkpoint.load_weights(model, args.init_from, whole=True)
-    device = distributed.start(distributed.choose_device(args.device))
+    model = create_encoder(settings.sizes, 'avg')
+    give_head(model, len(settings.classes))
+    weights.load_weights(model, args.init_from, complete=True)
+    device = distributed.start(distributed.choose_device(args.device), join=False)
     model.to(device).eval()
-    transform = transforms.centre_transform(model.patch_embed.img_size, flags.crop_pct, transforms.BICUBIC)
-    statistics = transforms.pixel_statistics(flags)
-    for path in args.predict:
-        image = transform(transforms.read_given_image(path, flags.in_chans))
-        imgs = transforms.normalise(image[None].to(device), *statistics)
-        probabilities, indices = model(imgs)[0].softmax(0).topk(min(5, len(classes)))
-        top = {classes[index]: round(p, 4) for p, index in zip(probabilities.tolist(), indices.tolist())}
-        print(json.dumps({'image': path, 'classes': top}) if args.json else
-              f'{path}  ' + '  '.join(f'{name} {p:.1%}' for name, p in top.items()))  # fmt: skip
+    crop_pct = args.crop_pct or getattr(settings.flags, 'crop_pct', None) or 0.875
+    transform = transforms.centre_transform(model.patch_embed.img_size, crop_pct, transforms.BICUBIC)
+    failed = False
+    for path in images.expand(args.predict):
+        try:
+            image = images.read_given_image(path, settings.sizes['in_chans'], args.background)
+        except InputError as error:
+            print(error, file=sys.stderr)
+            failed = True
+            continue
+        imgs = transforms.normalise(transform(image)[None].to(device), settings.mean, settings.std)
+        probabilities, indices = model(imgs)[0].softmax(0).topk(min(5, len(settings.classes)))
+        top = {settings.classes[index]: round(p, 4) for p, index in zip(probabilities.tolist(), indices.tolist())}
+        if args.json:
+            print(json.dumps({'image': path, 'classes': top}))
+        else:
+            print(f'{path}  ' + '  '.join(f'{name} {p:.1%}' for name, p in top.items()))
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == '__main__':

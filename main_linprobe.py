@@ -1,38 +1,45 @@
 """Probe a frozen encoder: train a linear classifier on its features, or classify by nearest neighbours (--knn).
 
     python main_linprobe.py @recipes/vit_base_linprobe.txt --data_path IMAGENET --init_from CHECKPOINT
-    python main_linprobe.py --knn 20 --data_path IMAGENET --init_from CHECKPOINT
+    python main_linprobe.py --knn 20 --data_path IMAGENET --init_from CHECKPOINT         # no training
+    python main_linprobe.py --logistic --data_path IMAGENET --init_from CHECKPOINT       # fitted to convergence
+    python main_linprobe.py --features OUT.npz --data_path IMAGES --init_from CHECKPOINT
 
 The features are those of the final LayerNorm, which MFF trained on the fused levels: the cls token for the probe, and
-also the mean of the patch tokens for the neighbours. Resuming, processes and recipes are as in main_pretrain.py.
+also the mean of the patch tokens for the others. Resuming, processes and recipes are as in main_pretrain.py.
 """
 
+import os
+
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.optim import Lars
-from tqdm import tqdm
 
 import engine
-from models_mff import MODELS, create_encoder, create_untrained_encoder
-from util import checkpoint, data, distributed, transforms
-from util.args import ArgumentParser, InputError, add_common_arguments, as_input_error, number, run
+from models_mff import MODELS, create_encoder
+from util import data, distributed, features, sources, transforms, weights
+from util.args import ArgumentParser, add_common_arguments, add_model_arguments, number, run
+from util.errors import InputError, as_input_error
 
 
 def get_parser():
-    parser = ArgumentParser(__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__)
     add_common_arguments(parser)
-    parser.set_defaults(blr=0.1, weight_decay=0.0, warmup_epochs=10, epochs=90, total_batch_size=16384)
+    add_model_arguments(parser, MODELS)
+    parser.set_defaults(blr=0.1, weight_decay=0.0, epochs=90)
     add = parser.add_argument_group('probing').add_argument
-    names = ', '.join(name.removeprefix('mff_') for name in MODELS)
-    add('--model', default='vit_base_patch16', help=f'{names} (default: %(default)s)')
     add('--momentum', type=number(float, 0, 1), default=0.9, help='of LARS (default: %(default)s)')
-    share = number(float, 0.01, 1)
     add(
-        '--crop_pct', type=share, default=0.875, help="share of a test image's side that is seen (default: %(default)s)"
+        '--crop_pct',
+        type=number(float, 0.01, 1),
+        help='share of a test image that is seen (default: 0.875)',
     )
     add('--eval', action='store_true', help='only evaluate the probe of --init_from')
     add('--knn', type=number(int, 1), metavar='K', help='only classify by the K nearest training images')
+    add('--logistic', action='store_true', help='only fit a logistic regression on the features of the training images')
+    add('--features', metavar='OUT.npz', help='only write the features of all images, with their names and labels')
     return parser
 
 
@@ -55,40 +62,44 @@ class LinearProbe(nn.Module):
     def forward(self, imgs):
         """imgs (N, C, H, W) -> logits (N, classes)."""
         with torch.no_grad():
-            features = self.backbone(imgs)  # (N, D)
-        return self.head(self.bn(features))
+            tokens = self.backbone(imgs)  # (N, D)
+        return self.head(self.bn(tokens))
 
 
 def main(args):
+    # --- Model and data -------------------------------------------------------------------------------------------
     torch.manual_seed(args.seed)
+    settings = weights.settle(args)  # sizes, mean, std: from flags, --init_from or --model
     with as_input_error():
-        if args.init_from:
-            encoder = create_encoder(args.model, args.input_size, args.in_chans, 'token')
-        else:
-            encoder = create_untrained_encoder(args.model, args.input_size, args.in_chans)
-    size = encoder.patch_embed.img_size
-    train_source, val_source = data.open_labelled_sources(args, size)
+        encoder = create_encoder(settings.sizes, 'token') if args.init_from else weights.random_encoder(settings.sizes)
+    if args.features:
+        return write_features(args, encoder, settings)
+    train_source, val_source = sources.open_labelled_sources(args, settings.sizes, only_val=args.eval)
     model = LinearProbe(encoder, len(val_source.classes))
-    origin = engine.initial_weights(args, encoder, needed=args.eval)
     if args.eval:
-        load_head(model, args.init_from)
-        origin = '; '.join(note for note in origin.split('; ') if not note.startswith('left out: '))
-    only_measure = args.eval or args.knn is not None
-    task = engine.prepare_classification(args, model, origin, size, train_source, val_source, only_measure)
-    if args.eval:
-        return engine.report(task)
-    if args.knn:
-        return report_neighbours(task, size)
+        origin = engine.initial_weights(args, model, settings, complete=True)
+        return engine.report_classifier(args, model, val_source, settings, origin)
+    origin = engine.initial_weights(args, encoder, settings)
+    if args.knn or args.logistic:
+        return report_features(args, encoder, settings, train_source, val_source, origin)
+    samples = data.Samples(train_source, transforms.linprobe_transform(settings.sizes['img_size']), seed=args.seed)
 
-    optimizer = create_lars(model.head, task.plan.lr, args.momentum, args.weight_decay)
+    # --- Run: output folder, checkpoint to resume, processes, device ----------------------------------------------
+    schedule = engine.make_schedule(args, len(train_source), usual_batch=16384)
+    state = engine.start_run(args, schedule, model, settings, val_source.classes)
+    model.to(state.device)
+    loader = engine.training_loader(state, samples, settings)
+    val_loader = engine.classes_loader(args, val_source, settings, state.device)
+    optimizer = create_lars(model.head, schedule.lr, args.momentum, args.weight_decay)
 
-    def loss_fn(model, batch):
+    # --- Train ----------------------------------------------------------------------------------------------------
+    def loss_fn(network, batch, place):
         imgs, labels = batch
-        with task.autocast():
-            logits = model(imgs)
+        with state.autocast():
+            logits = network(imgs)
         return F.cross_entropy(logits.float(), labels)
 
-    engine.train_classifier(task, optimizer, loss_fn, transforms.linprobe_transform(size))
+    engine.train_classifier(state, model, optimizer, loss_fn, loader, val_loader, f'Linear probe; {origin}')
 
 
 def create_lars(head, lr, momentum, weight_decay=0.0):
@@ -97,64 +108,56 @@ def create_lars(head, lr, momentum, weight_decay=0.0):
     return Lars(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
 
-def load_head(model, path):
-    """BatchNorm statistics and Linear of a probe's checkpoint, this project's or mmpretrain's. Raises InputError."""
-    state, origin = checkpoint.read_weights(path)
-    state = {name: tensor for name, tensor in state.items() if name.startswith(('bn.', 'head.'))}
-    problem = [
-        name
-        for name, tensor in model.state_dict().items()
-        if not name.startswith('backbone.') and (name not in state or state[name].shape != tensor.shape)
-    ]
-    if problem:
-        raise InputError(f'{path}: {origin}, without a probe of {model.head.out_features} classes ({problem[0]})')
-    model.load_state_dict(state, strict=False)
+# --- Without training ---------------------------------------------------------------------------------------------
 
 
-def report_neighbours(task, size):
-    """Print the accuracy of --knn, by the cls token and by the mean of the patch tokens; the images are read once."""
+def extract(args, encoder, settings, source, device):
+    """features.extract of this process's share of a source."""
+    autocast, _ = distributed.mixed_precision(args.amp, device)
+    return features.extract(encoder, engine.classes_loader(args, source, settings, device), autocast)
+
+
+def report_features(args, encoder, settings, train_source, val_source, origin):
+    """--knn and --logistic: print the accuracy, by the cls token and by the mean of the patch tokens."""
+    device = distributed.start(distributed.choose_device(args.device))
+    encoder.to(device)
+    train, val = (extract(args, encoder, settings, source, device) for source in (train_source, val_source))
+    results = {}
+    if args.knn:
+        results[f'{args.knn}-nearest-neighbour'] = features.neighbour_accuracy(train, val, args.knn, device)
+    if args.logistic:
+        results['logistic-regression'] = features.logistic_accuracy(train, val, device)
+    if distributed.world()[0] == 0:
+        for method, accuracy in results.items():
+            for name, top1 in accuracy.items():
+                print(f'{method} top-1 {top1:.2f} %  by the {name}, on {len(val_source)} images; {origin}')
+    distributed.stop()
+
+
+def write_features(args, encoder, settings):
+    """--features: an .npz of 'names', 'labels' (-1: none), 'classes', 'cls_token' and 'mean_of_patches' (images, D)."""
     if distributed.world()[1] > 1:
-        raise InputError('--knn runs in one process; start it without torchrun')
-    args, device = task.args, task.device
-    samples = data.Samples(task.train_source, transforms.centre_transform(size, args.crop_pct, transforms.BICUBIC))
-    keys = data.fixed_batches(len(samples), args.batch_size or 128)
-    statistics, bad = transforms.pixel_statistics(args), data.BadImages(len(samples), args.max_bad)
-    bank_loader = data.Loader(samples, keys, device, statistics, args.num_workers, bad, leave_out=True)
-    bank, bank_labels = extract_features(task, bank_loader, 'training images')
-    queries, labels = extract_features(task, task.val_loader, 'validation images')
-    for name in bank:
-        predicted = nearest_neighbours(bank[name], bank_labels, queries[name], args.knn, len(task.classes))
-        top1 = 100 * (predicted == labels).float().mean().item()
-        print(f'{args.knn}-nearest-neighbour top-1 {top1:.2f} %  by the {name}, on {len(labels)} images; {task.origin}')
-
-
-@torch.no_grad()
-def extract_features(task, loader, title):
-    """({'cls token': (M, D), 'mean of patches': (M, D)}, labels (M,)) of all images of loader, after the final norm."""
-    encoder = task.model.backbone.eval()
-    features, labels = {'cls token': [], 'mean of patches': []}, []
-    for imgs, target in tqdm(loader, title, len(loader.batches), disable=None):
-        with task.autocast():
-            tokens = encoder.forward_features(imgs).float()  # (N, 1+L, D)
-        features['cls token'].append(tokens[:, 0])
-        features['mean of patches'].append(tokens[:, 1:].mean(1))
-        labels.append(target)
-    loader.bad.check(loader.bad.count)
-    return {name: torch.cat(parts) for name, parts in features.items()}, torch.cat(labels)
-
-
-def nearest_neighbours(bank, bank_labels, queries, k, num_classes, temperature=0.07):
-    """Classes (Q,) of queries (Q, D) by the k of bank (M, D) with the largest cosine.
-
-    Each votes exp(cosine / temperature) for its label: Wu et al. (2018), arXiv 1805.01978.
-    """
-    bank, predicted = F.normalize(bank, dim=1), []
-    for chunk in F.normalize(queries, dim=1).split(512):
-        cosine, index = (chunk @ bank.T).topk(min(k, len(bank)), dim=1)  # (q, k)
-        votes = cosine.new_zeros(len(chunk), num_classes)
-        votes.scatter_add_(1, bank_labels[index], (cosine / temperature).exp())
-        predicted.append(votes.argmax(1))
-    return torch.cat(predicted)
+        raise InputError('--features runs in one process; start it without torchrun')
+    if not os.path.isdir(os.path.dirname(args.features) or '.'):
+        raise InputError(f'--features {args.features}: no such folder')
+    train_source, val_source = sources.open_sources(args, settings.sizes)
+    origin = engine.initial_weights(args, encoder, settings)
+    device = distributed.start(distributed.choose_device(args.device), join=False)
+    encoder.to(device)
+    names, arrays = [], []
+    for source in (train_source, val_source):
+        if source is not None:
+            names += [source.path(index) for index in range(len(source))]
+            arrays.append(extract(args, encoder, settings, source, device))
+    found, labels = zip(*arrays)
+    np.savez(
+        args.features,
+        names=np.array(names),
+        labels=torch.cat(labels).numpy(),
+        classes=np.array(train_source.classes or []),
+        **{name.replace(' ', '_'): torch.cat([part[name] for part in found]).numpy() for name in found[0]},
+    )
+    print(f'Wrote the features of {len(names)} images to {args.features}; {origin}')
 
 
 if __name__ == '__main__':

@@ -201,7 +201,11 @@ def add_common_arguments(parser):
     add('--init_from', help="weights to start from, .pth or .safetensors: this project's, mmpretrain's, MAE's, timm's")
 
     add = parser.add_argument_group('optimisation').add_argument
-    add('--total_batch_size', type=count, default=4096, help=f'images per step, on all devices together {default}')
+    add(
+        '--total_batch_size',
+        type=count,
+        help="images per step, on all devices together (default: MAE's, or less so that an epoch has ten steps)",
+    )
     add(
         '--batch_size',
         type=count,

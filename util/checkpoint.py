@@ -1,9 +1,4 @@
-"""Checkpoints: plain files of tensors, numbers and strings, written whole or not at all, and read as data only.
-
-    python -m util.checkpoint export OUTPUT_DIR/checkpoint-last.pth DIR     # for timm and the Hugging Face hub
-
-Saving and resuming are here; the weights of any origin come in through util/weights.py and out through util/export.py.
-"""
+"""Save and resume a run. Checkpoints are plain files of tensors, numbers and strings, complete or not there at all."""
 
 import contextlib
 import fcntl
@@ -11,41 +6,44 @@ import os
 import platform
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
-from util.args import ArgumentParser, InputError, RunError, run
-from util.weights import convert_state_dict, load_weights, read_file, read_weights  # noqa: F401 (the mains' way to them)
+from util.errors import InputError, RunError
+from util.weights import read_file
 
 LAST, PREVIOUS, BEST = 'checkpoint-last.pth', 'checkpoint-previous.pth', 'checkpoint-best.pth'
 
-# Flags that may change when a run goes on: they do not change what is trained.
+# Flags that may change when a run is resumed: they do not change what is trained.
 FREE_FLAGS = {
     'batch_size',
-    'data_path',
-    'val_path',
-    'num_workers',
-    'max_bad',
-    'device',
-    'output_dir',
-    'resume',
-    'force_resume',
-    'save_every',
-    'keep_every',
-    'log_every',
-    'eval_every',
-    'picture_every',
-    'download_dir',
     'compile',
+    'data_path',
+    'device',
+    'download_dir',
+    'eval_every',
+    'force_resume',
     'grad_checkpointing',
+    'keep_every',
+    'knn_every',
+    'log_every',
+    'max_bad',
+    'num_workers',
+    'output_dir',
+    'picture_every',
+    'resume',
+    'save_every',
+    'val_path',
 }
+
+# --- Save ---------------------------------------------------------------------------------------------------------
 
 
 def save(state, output_dir, name=LAST):
     """Write state to output_dir/name; a checkpoint-last.pth that was there becomes checkpoint-previous.pth.
 
-    state is whole on disk before it takes the name, so that a kill at any moment leaves a whole checkpoint.
+    The file is complete on disk before it takes the name, so a kill at any moment leaves an intact checkpoint.
     """
     path, temporary = os.path.join(output_dir, name), os.path.join(output_dir, 'checkpoint-writing.tmp')
     try:
@@ -64,95 +62,79 @@ def save(state, output_dir, name=LAST):
 
 
 class Saver:
-    """Saves a run when it is due: every --save_every, at the end of epochs, and at the end.
+    """Saves a run on rank 0: when --save_every is due, copies for --keep_every, the best, and the end.
 
-    Training waits while the state is copied; a thread writes it. The end of an epoch is passed over while saving
-    would take more than a twentieth of the time since the last one. When nothing can be written, as on a full disk,
-    that is said, training goes on, and it tries again every minute.
+    When nothing can be written, as on a full disk, it says so, training continues, and it tries again every minute.
 
-    say: prints a line.
+    Args:
+        run: engine.Run; its record goes into every checkpoint.
+        say: prints a line.
     """
 
-    def __init__(self, args, steps_per_epoch, model, optimizer, scaler, record, say, enabled=True):
-        self.args, self.steps_per_epoch, self.record, self.enabled = args, steps_per_epoch, record, enabled
-        self.model, self.optimizer, self.scaler, self.say = model, optimizer, scaler, say
-        self.saved_at, self.seconds, self.failed = time.monotonic(), 0.0, False
-        self.thread, self.writing = ThreadPoolExecutor(1), None
+    def __init__(self, run, model, optimizer, say):
+        self.run, self.model, self.optimizer, self.say = run, model, optimizer, say
+        self.saved_at, self.failed = time.monotonic(), False
 
     def due(self, step):
+        """Whether to save after this many steps."""
+        if step == self.run.schedule.total_steps or self.keeps(step):
+            return True
+        seconds = time.monotonic() - self.saved_at
         if self.failed:
-            return time.monotonic() - self.saved_at >= 60
-        every, unit = self.args.save_every
+            return seconds >= 60
+        every, unit = self.run.args.save_every
         if unit == 'min':
-            return time.monotonic() - self.saved_at >= 60 * every
-        return step % (every if unit == '' else every * self.steps_per_epoch) == 0
-
-    def __call__(self, step):
-        """After each optimiser step; the last of an epoch is left to end_of_epoch."""
-        if step % self.steps_per_epoch and self.due(step):
-            self.save(step)
-
-    def end_of_epoch(self, step):
-        cheap = self.args.save_every[1] != 'ep' and time.monotonic() - self.saved_at >= 20 * self.seconds
-        if cheap or self.keeps(step) or self.due(step):
-            self.save(step, self.keeps(step))
+            return seconds >= 60 * every
+        return step % (every * self.run.schedule.steps_per_epoch if unit == 'ep' else every) == 0
 
     def keeps(self, step):
-        epoch, steps = divmod(step, self.steps_per_epoch)
-        return bool(self.args.keep_every) and not steps and epoch % self.args.keep_every == 0
+        """Whether --keep_every asks for a copy."""
+        epochs, rest = divmod(step, self.run.schedule.steps_per_epoch)
+        return bool(self.run.args.keep_every) and rest == 0 and epochs % self.run.args.keep_every == 0
 
-    def save_now(self, step):
-        """Before the run ends here. RunError if it cannot be saved."""
-        self.save(step, self.keeps(step))
-        self.wait()
-        if self.failed:
-            raise RunError(f'step {step} is not saved; make room, and the same command goes on from what there is')
+    def save(self, step, best=False, required=False):
+        """Write checkpoint-last.pth, and first the copies that stay: a kill between them leaves none out on resuming.
 
-    def save(self, step, keep=False, best=False):
-        """checkpoint-last.pth, and first the copies that stay: a kill between them leaves nothing out on resuming."""
-        if not self.enabled:
+        required: nothing comes after this. RunError if it cannot be saved.
+        """
+        if self.run.rank != 0:
             return
-        self.wait()
-        self.saved_at, epoch = time.monotonic(), step // self.steps_per_epoch
+        run, self.saved_at = self.run, time.monotonic()
+        epoch = step // run.schedule.steps_per_epoch
         state = {
             'model': self.model.state_dict(),
             'optimizer': self.optimizer.state_dict(),
-            'scaler': self.scaler.state_dict(),
+            'scaler': run.scaler.state_dict(),
             'step': step,
             'epoch': epoch,
-            **self.record,
-            'args': {name: plain(value) for name, value in vars(self.args).items()},
+            **run.record,
+            'args': {name: plain(value) for name, value in vars(run.args).items()},
         }
         if not all(tensor.isfinite().all() for tensor in state['model'].values()):
             raise FloatingPointError(f'the weights are not finite after step {step}')
-        names = [f'checkpoint-{epoch:04d}.pth'] * keep + [BEST] * best + [LAST]
-        self.writing = self.thread.submit(self.write, on_cpu(state), names)
-
-    def write(self, state, names):
+        names = [LAST]
+        if best:
+            names.insert(0, BEST)
+        if self.keeps(step):
+            names.insert(0, f'checkpoint-{epoch:04d}.pth')
         try:
             for name in names:
-                save(state, self.args.output_dir, name)
+                save(state, run.args.output_dir, name)
             self.failed = False
         except (OSError, RuntimeError) as error:
             self.failed, reason = True, getattr(error, 'strerror', error)
-            self.say(
-                f'step {state["step"]}: cannot save in {self.args.output_dir} ({reason}); the last checkpoint stays'
-            )
-        self.seconds = time.monotonic() - self.saved_at
-
-    def wait(self):
-        """Until what save was given is on disk."""
-        if self.writing is not None:
-            self.writing.result()
+            message = f'step {step}: cannot save in {run.args.output_dir} ({reason}); the last checkpoint stays'
+            if required:
+                raise RunError(f'{message}; make room, and the same command resumes from it') from None
+            self.say(message)
 
 
-def on_cpu(state):
-    """A copy in the memory of the CPU of nested dicts and lists of tensors, which may change meanwhile."""
-    if isinstance(state, torch.Tensor):
-        return state.detach().to('cpu', copy=True)
-    if isinstance(state, dict):
-        return {name: on_cpu(value) for name, value in state.items()}
-    return [on_cpu(value) for value in state] if isinstance(state, list) else state
+def plain(value):
+    """A value as a checkpoint holds it: numbers, strings, lists."""
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+# --- The folder of a run ------------------------------------------------------------------------------------------
 
 
 def make_output_dir(path):
@@ -166,7 +148,7 @@ def make_output_dir(path):
 
 
 def lock(output_dir):
-    """Claim output_dir until this process ends, however it ends. The claim is not inherited by the loader's workers.
+    """Claim output_dir until this process ends, however it ends. The loader's workers do not inherit the claim.
 
     Returns:
         The open file that holds it.
@@ -182,12 +164,15 @@ def lock(output_dir):
         holder = file.read().strip() or 'another process'
         raise InputError(f'--output_dir {output_dir} is in use by {holder}; wait for it, or choose another') from None
     except OSError as error:
-        print(f'{output_dir}: this file system has no locks ({error.strerror}); see that only one run writes there')
+        print(f'{output_dir}: this file system has no locks ({error.strerror}); make sure that one run writes there')
         return file
     file.truncate(0)
     file.write(f'process {os.getpid()} on {platform.node()}\n')
     file.flush()
     return file
+
+
+# --- Resume -------------------------------------------------------------------------------------------------------
 
 
 def load_run(path):
@@ -199,7 +184,7 @@ def load_run(path):
 
 
 def find(resume, output_dir):
-    """The checkpoint to go on from: of --resume PATH, or the newest whole one for 'auto'; None to start anew."""
+    """The checkpoint to resume: --resume PATH, or the newest intact one for 'auto'; None to start anew."""
     if resume != 'auto':
         return None if resume == 'none' else load_run(resume)
     problems = []
@@ -212,18 +197,21 @@ def find(resume, output_dir):
                 problems.append(str(error))
                 continue
             for problem in problems:
-                print(f'{problem}; going on from {path} instead')
+                print(f'{problem}; resuming from {path} instead')
             return state
     if problems:
-        raise InputError(f'{"; ".join(problems)}; to start anew, remove it or choose another --output_dir')
+        raise InputError(f'{"; ".join(problems)}; to start again, remove it or choose another --output_dir')
     return None
 
 
-def check_same_run(state, args, model, num_images):
+def check_same_run(state, args, model, record):
     """Refuse to resume from a checkpoint of another architecture, or with flags or data that change the training.
 
+    Args:
+        record: 'num_images' and 'batch_size' (images on a device at a time) of this run.
+
     Raises:
-        InputError: naming a tensor that differs, or, without --force_resume, each flag with its old and new value.
+        InputError: naming a tensor that differs, or, without --force_resume, each change with its old and new value.
     """
     ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     theirs = {name: tuple(tensor.shape) for name, tensor in state['model'].items()}
@@ -231,58 +219,35 @@ def check_same_run(state, args, model, num_images):
     if odd:
         name = min(odd)
         raise InputError(
-            f'the checkpoint to resume is of another architecture: {len(odd)} tensors differ, such as {name} '
+            f'the checkpoint to resume has another architecture: {len(odd)} tensors differ, such as {name} '
             f'({theirs.get(name, "absent")} there, {ours.get(name, "absent")} here); use its --model, --input_size and '
             '--fuse_layers, another --output_dir, or --resume none'
         )
     now, then = vars(args), state['args']
-    changed = [
-        f'--{name} {then.get(name)} -> {now[name]}'
+    changes = [
+        f'--{name} {then[name]} -> {now[name]}'
         for name in now
-        if name not in FREE_FLAGS and plain(now[name]) != then.get(name)
+        if name not in FREE_FLAGS and name in then and plain(now[name]) != then[name]
     ]
-    if state.get('num_images', num_images) != num_images:
-        changed.append(f'{state["num_images"]} -> {num_images} images in --data_path')
-    if changed and not args.force_resume:
+    numbers = {'num_images': 'images in --data_path'}
+    if any(isinstance(module, _BatchNorm) and not isinstance(module, SyncBatchNorm) for module in model.modules()):
+        numbers['batch_size'] = 'images on a device at a time (--batch_size), which BatchNorm averages over'
+    for name, meaning in numbers.items():
+        if state.get(name, record[name]) != record[name]:
+            changes.append(f'{state[name]} -> {record[name]} {meaning}')
+    if changes and not args.force_resume:
         raise InputError(
-            f'this run was started differently: {", ".join(changed)}; use what it was started with, another '
+            f'this run was started differently: {", ".join(changes)}; use what it was started with, another '
             '--output_dir, or --force_resume'
         )
 
 
 def restore(state, model, optimizer, scaler):
-    """Give model, optimizer and scaler their states of a checkpoint; rates and decay stay those of the flags."""
+    """Give model, optimizer and scaler their states of a checkpoint; rates and options stay those of the flags."""
     model.load_state_dict(state['model'])
-    options = [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state['optimizer'])
-    for group, option in zip(optimizer.param_groups, options):
-        group.update(option)
+    saved = state['optimizer']
+    # The options decide where AdamW keeps its step, which fused kernels want on the device.
+    groups = [new | {'params': old['params']} for new, old in zip(optimizer.param_groups, saved['param_groups'])]
+    optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
     if state['scaler']:  # empty where there was no fp16
         scaler.load_state_dict(state['scaler'])
-
-
-def plain(value):
-    """A flag's value as a checkpoint holds it: numbers, strings, lists."""
-    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-# --- Command --------------------------------------------------------------------------------------------------
-
-
-def get_parser():
-    parser = ArgumentParser('Checkpoints of this project')
-    commands = parser.add_subparsers(dest='command', required=True)
-    one = commands.add_parser('export', help='write a folder that timm loads and the Hugging Face hub takes')
-    one.add_argument('checkpoint', help='of pre-training or fine-tuning')
-    one.add_argument('dir', metavar='DIR', help='for model.safetensors, config.json, README.md')
-    return parser
-
-
-def main(args):
-    from util.export import export  # which needs this module
-
-    print(export(args.checkpoint, args.dir))
-
-
-if __name__ == '__main__':
-    run(main, get_parser())

@@ -94,7 +94,7 @@ def join_group(name):
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise RunError(
-            f'the {world_size} processes cannot connect ({reason}); where the name of a host resolves to 127.0.1.1, set '
+            f'the {world_size} processes cannot connect ({reason}); where a host name resolves to 127.0.1.1, set '
             'GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to its network interface, such as eth0'
         ) from None
 

@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar (plain lines where there is no terminal), log.jsonl, TensorBoard."""
+"""What a run reports: a progress bar (plain lines where there is no terminal), log.jsonl, TensorBoard."""
 
 import contextlib
 import json
@@ -14,12 +14,14 @@ import torch
 import torchvision
 from tqdm import tqdm
 
+from util import data, distributed
+
 
 class Log:
     """The log of a run, on the process of rank 0; elsewhere every call does nothing.
 
-    output_dir/log.jsonl: a first line with command, versions and flags, then one line an entry. A resumed run drops
-    the entries after the step it goes on from, here and in TensorBoard.
+    output_dir/log.jsonl: a first line with command, versions and flags, then one line per entry. A resumed run drops
+    the entries after the step it resumes from, here and in TensorBoard.
 
     Args:
         total_steps, start_step: of the whole run, and where this one starts.
@@ -28,10 +30,11 @@ class Log:
 
     def __init__(self, output_dir, total_steps, start_step, args, enabled=True):
         self.enabled, self.total_steps, self.start_step = enabled, total_steps, start_step
-        self.began, self.failed = time.time(), False
+        self.output_dir, self.steps_done, self.failed = output_dir, start_step, False
+        self.began = time.time()
         if not enabled:
             return
-        from torch.utils.tensorboard import SummaryWriter  # a second to import, needed on one process only
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import, and one process needs it
 
         path = os.path.join(output_dir, 'log.jsonl')
         kept = [entry for entry in read(path) if start_step and is_before(entry, start_step)]
@@ -54,76 +57,177 @@ class Log:
         )
 
     def say(self, text):
-        """A line for the person watching."""
+        """Print a line for the person watching."""
         if self.enabled:
             tqdm.write(text)
             sys.stdout.flush()
 
     def advance(self):
         """One optimiser step is done."""
-        if self.enabled:
-            self.bar.update()
+        if not self.enabled:
+            return
+        self.steps_done += 1
+        self.bar.update()
+        if self.bar.disable and self.steps_done == self.start_step + 5 < self.total_steps:
+            self.say(f'about {self.eta()} to go, as far as 5 steps can tell')
+
+    def eta(self):
+        """The time that is left, as text, at the pace of this run so far."""
+        pace = (time.time() - self.began) / max(1, self.steps_done - self.start_step)
+        return tqdm.format_interval(pace * (self.total_steps - self.steps_done))
 
     def entry(self, step, epoch, values):
         """Write values {name: number} of the moment after `step` optimiser steps, which lies in `epoch` (a float)."""
         if not self.enabled:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with self.going_on():
+        with self.tolerate_full_disk():
             self.file.write(json.dumps({'step': step, 'epoch': round(epoch, 4), **finite}) + '\n')
             self.file.flush()
-        with self.going_on():
+        with self.tolerate_full_disk():
             for name, value in values.items():
-                tag = name if '/' in name else name.replace('_', '/', 1) if name.startswith('val_') else f'train/{name}'
-                self.board.add_scalar(tag, value, step)
+                self.board.add_scalar(tensorboard_tag(name), value, step)
         shown = {name: f'{value:.4g}' for name, value in values.items() if '/' not in name}
         if self.bar.disable:
-            rate = (time.time() - self.began) / max(1, step - self.start_step)
-            self.say(
-                f'epoch {epoch:.2f}  step {step}/{self.total_steps}  {"  ".join(map(" ".join, shown.items()))}  '
-                f'ETA {tqdm.format_interval(rate * (self.total_steps - step))}'
-            )
+            numbers = '  '.join(f'{name} {value}' for name, value in shown.items())
+            self.say(f'epoch {epoch:.2f}  step {step}/{self.total_steps}  {numbers}  ETA {self.eta()}')
         else:
             self.bar.set_description(f'epoch {epoch:.2f}', refresh=False)
-            self.bar.set_postfix({name: shown[name] for name in ('loss', 'val_loss', 'images_per_s') if name in shown})
+            self.bar.set_postfix({name: value for name, value in shown.items() if name in IN_THE_BAR or 'val' in name})
 
     def figure(self, name, figure, step):
-        """A matplotlib figure, to TensorBoard."""
+        """A matplotlib figure, to output_dir/NAME.png and to TensorBoard."""
         if self.enabled:
-            with self.going_on():
+            with self.tolerate_full_disk():
+                figure.savefig(os.path.join(self.output_dir, f'{name}.png'))
                 self.board.add_figure(name, figure, step)
 
     @contextlib.contextmanager
-    def going_on(self):
-        """A log that cannot be written, as on a full disk, is said once and is no reason to stop."""
+    def tolerate_full_disk(self):
+        """A log that cannot be written, as on a full disk, is reported once and does not stop the run."""
         try:
             yield
         except OSError as error:
             if not self.failed:
-                self.say(f'cannot write the log ({error.strerror}); training goes on')
+                self.say(f'cannot write the log ({error.strerror}); training continues')
             self.failed = True
 
     def close(self):
         if self.enabled:
             self.bar.close()
             for file in (self.board, self.file):
-                with self.going_on():
+                with self.tolerate_full_disk():
                     file.close()
 
 
+IN_THE_BAR = ('loss', 'images_per_s')
+
+
+def tensorboard_tag(name):
+    """'loss' -> 'train/loss', 'val_loss' -> 'val/loss', 'fusion/layer_00' as it is."""
+    if '/' in name:
+        return name
+    return name.replace('_', '/', 1) if name.startswith('val_') else f'train/{name}'
+
+
 def is_before(entry, step):
-    """Whether a log entry holds for a run that goes on from `step`; an epoch that ends there is measured again."""
+    """Whether a log entry holds for a run that resumes from `step`; an epoch that ends there is evaluated again."""
     return 0 < entry.get('step', 0) < step or (entry.get('step') == step and 'loss' in entry)
 
 
 def read(path):
-    """The entries of a log.jsonl, as dicts; what a kill cut off is left out, and a missing file is empty."""
+    """The entries of a log.jsonl, as dicts; lines that a kill cut off are left out, and a missing file is empty."""
     entries = []
     if os.path.exists(path):
         with open(path, errors='replace') as file:
             for line in file:
-                try:
+                with contextlib.suppress(json.JSONDecodeError):
                     entries.append(json.loads(line))
-                except json.JSONDecodeError:
-                    pass
     return [entry for entry in entries if isinstance(entry, dict)]
+
+
+# --- The numbers of the steps ---
+
+MAX_SKIPPED = 20  # updates in a row; fp16 may need 16 to bring its loss scale down from 65536 to 1
+
+
+class Meter:
+    """Losses and gradient norms since the last log line. They stay on the device until then.
+
+    Args:
+        loader: its bad.count is reported and checked.
+        say: prints a line.
+    """
+
+    def __init__(self, run, loader, say):
+        self.run, self.loader, self.say = run, loader, say
+        self.waiting = data.Waiting(run.device)
+        self.skipped = []  # the latest steps in a row without an update
+        self.warm, self.warned = False, False
+        self.reset()
+
+    def reset(self):
+        self.losses, self.norms, self.began = [], [], time.perf_counter()
+
+    def timed(self, batches):
+        """Yield the batches; how long each took to arrive is counted."""
+        batches = iter(batches)
+        while True:
+            with self.waiting:
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def update(self, loss, norm):
+        self.losses.append(loss)
+        self.norms.append(norm)
+
+    def flush(self, done, lr):
+        """{name: number} of the steps since the last call, where `done` steps are done. Waits for the device."""
+        bad, first = self.loader.bad, done - len(self.losses)
+        sums = torch.stack([*self.losses, torch.full_like(self.losses[0], bad.count)]).float()
+        *losses, bad_images = distributed.sum_over_processes(sums).tolist()
+        bad.check(int(bad_images))
+        norms = torch.stack(self.norms).tolist()
+        seconds = time.perf_counter() - self.began
+        finite = [loss / self.run.world_size for loss, norm in zip(losses, norms) if math.isfinite(norm)]
+        values = {
+            'loss': sum(finite) / len(finite) if finite else math.nan,
+            'lr': lr,
+            'grad_norm': norms[-1],
+            'images_per_s': len(losses) * self.run.schedule.total_batch_size / seconds,
+            'data_wait': self.waiting.seconds() / seconds,
+        }
+        if self.run.scaler.state_dict():
+            values['loss_scale'] = self.run.scaler.get_scale()
+        if bad_images:
+            values['bad_images'] = int(bad_images)
+        if len(finite) < len(losses):
+            values['skipped'] = len(losses) - len(finite)
+        self.note_skipped([first + i for i, norm in enumerate(norms) if not math.isfinite(norm)])
+        if values['data_wait'] > 0.2 and self.warm and not self.warned:
+            self.say(
+                f'The device waits for data {values["data_wait"]:.0%} of the time; see "Slow data" in docs/data.md'
+            )
+            self.warned = True
+        self.warm = True  # the first interval includes the start of the workers
+        self.reset()
+        return values
+
+    def note_skipped(self, steps):
+        """Count the latest steps in a row without an update; FloatingPointError if they are MAX_SKIPPED."""
+        for step in steps:
+            self.skipped = [*self.skipped, step] if self.skipped[-1:] == [step - 1] else [step]
+        if len(self.skipped) < MAX_SKIPPED:
+            return
+        first, schedule = self.skipped[0], self.run.schedule
+        total, seed = schedule.total_batch_size, self.run.args.seed
+        (keys,) = data.BatchStream(schedule.num_images, total, total, seed, first, first + 1)
+        images = [self.loader.source.path(index) for _, index in keys[:4]]
+        raise FloatingPointError(
+            f'{len(self.skipped)} updates in a row, steps {first + 1} to {self.skipped[-1] + 1}, were skipped because '
+            f'the loss or its gradient was not finite (loss scale {self.run.scaler.get_scale():g}); the weights are '
+            f'still those of step {first}. Step {first + 1} began with {", ".join(images)}. Try --force_resume with '
+            '--amp bf16 or none, a lower --blr, or --clip_grad 1'
+        )

@@ -1,8 +1,116 @@
-"""Parameter groups and the learning-rate schedule."""
+"""The numbers of a run, its learning rate, and the parameter groups of its optimiser."""
 
 import math
+from dataclasses import dataclass
 
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+
+from util import distributed
+from util.errors import InputError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The numbers that follow from flags, data and processes."""
+
+    num_images: int
+    total_batch_size: int  # images per step: batch_size x processes x accumulation
+    batch_size: int  # images on a device at a time
+    accumulation: int  # micro-batches of a device per optimiser step
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    lr: float  # at its peak
+    min_lr: float
+    warmup_from: float = 1e-4  # share of lr at which the warm-up starts
+    decay: str = 'cosine'  # or 'linear'
+
+
+def make_schedule(args, num_images, usual_batch=4096):
+    """Derive the schedule.
+
+    usual_batch: without --total_batch_size, the batch is the largest power of two up to this one that leaves ten steps
+        per epoch.
+
+    Raises:
+        InputError: if batch, warm-up or learning rate do not fit.
+    """
+    world_size = distributed.world()[1]
+    total = args.total_batch_size or 2 ** int(math.log2(max(1, min(usual_batch, num_images // 10))))
+    if total > num_images:
+        raise InputError(
+            f'{args.data_path} has {num_images} images, too few for one step of --total_batch_size {total}; '
+            f'use at most {num_images}, and better a tenth of that'
+        )
+    batch_size = split_batch(total, args.batch_size, world_size)
+    steps_per_epoch = num_images // total
+    total_steps = args.epochs * steps_per_epoch
+    warmup_epochs = args.epochs / 10 if args.warmup_epochs is None else args.warmup_epochs
+    if warmup_epochs > args.epochs:
+        raise InputError(f'--warmup_epochs {warmup_epochs:g} is more than --epochs {args.epochs}')
+    lr = args.blr * total / 256 if args.lr is None else args.lr
+    if args.min_lr > lr:
+        raise InputError(f'--min_lr {args.min_lr:g} is more than the learning rate, {lr:g}')
+    return Schedule(
+        num_images=num_images,
+        total_batch_size=total,
+        batch_size=batch_size,
+        accumulation=total // (batch_size * world_size),
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        warmup_steps=int(warmup_epochs * steps_per_epoch),
+        lr=lr,
+        min_lr=args.min_lr,
+    )
+
+
+def split_batch(total, limit, world_size):
+    """Images on a device at a time: the most, up to limit (None: all), that divide a process's share of the total.
+
+    Raises:
+        InputError: if the total does not divide over the processes, or only into far fewer than the limit.
+    """
+    if total % world_size:
+        near = {total // world_size * world_size, -(-total // world_size) * world_size} - {0}
+        raise InputError(
+            f'--total_batch_size {total} cannot be split over {world_size} processes; '
+            f'{" or ".join(map(str, sorted(near)))} can'
+        )
+    share = total // world_size
+    limit = min(limit or share, share)
+    batch_size = max(n for n in range(1, limit + 1) if share % n == 0)
+    if 2 * batch_size <= limit:
+        divisors = [n for n in range(1, share + 1) if share % n == 0]
+        near = sorted(sorted(divisors, key=lambda n: abs(n - limit))[:4])
+        raise InputError(
+            f'--total_batch_size {total} is not --batch_size {limit} x {world_size} processes x a whole number of '
+            f'accumulation steps; --batch_size {", ".join(map(str, near))} would do'
+        )
+    return batch_size
+
+
+def learning_rate(step, schedule, scale=1.0):
+    """The learning rate of one optimiser step, counted from 0, of a group with this lr_scale.
+
+    Linear from warmup_from * lr to lr over the warm-up, which ends on its last step; then, decay='cosine', half a
+    cosine from lr that would reach min_lr at total_steps (mmengine's LinearLR(start_factor=1e-4) and
+    CosineAnnealingLR, per iteration), or, decay='linear', a line that reaches min_lr on the last step (mmengine's
+    PolyLR with power 1).
+    """
+    lr, min_lr, warmup = schedule.lr * scale, schedule.min_lr, schedule.warmup_steps
+    if step < warmup:
+        return lr * (schedule.warmup_from + (1 - schedule.warmup_from) * step / max(1, warmup - 1))
+    if schedule.decay == 'cosine':
+        progress = (step - warmup) / max(1, schedule.total_steps - warmup)
+        return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    progress = (step - warmup) / max(1, schedule.total_steps - warmup - 1)
+    return lr + (min_lr - lr) * progress
+
+
+def set_learning_rate(optimizer, schedule, step):
+    """Set the rate of every group for one step."""
+    for group in optimizer.param_groups:
+        group['lr'] = learning_rate(step, schedule, group.get('lr_scale', 1.0))
 
 
 def param_groups(model, weight_decay, layer_decay=None):
@@ -25,29 +133,3 @@ def param_groups(model, weight_decay, layer_decay=None):
     return param_groups_layer_decay(
         model, weight_decay, no_weight_decay_list=model.no_weight_decay(), layer_decay=layer_decay
     )
-
-
-def learning_rate(step, schedule, scale=1.0):
-    """The learning rate of one optimiser step, counted from 0, of a group with this lr_scale.
-
-    Linear from warmup_from * lr to lr over the warm-up, which ends on its last step; then, decay='cosine', half a
-    cosine from lr that would reach min_lr at total_steps (mmengine's LinearLR(start_factor=1e-4) and
-    CosineAnnealingLR, per iteration), or, decay='linear', a line that reaches min_lr on the last step (mmengine's
-    PolyLR with power 1).
-
-    schedule: has lr, min_lr, total_steps, warmup_steps, warmup_from and decay, as engine.Schedule.
-    """
-    lr, min_lr, warmup = schedule.lr * scale, schedule.min_lr, schedule.warmup_steps
-    if step < warmup:
-        return lr * (schedule.warmup_from + (1 - schedule.warmup_from) * step / max(1, warmup - 1))
-    if schedule.decay == 'cosine':
-        progress = (step - warmup) / max(1, schedule.total_steps - warmup)
-        return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
-    progress = (step - warmup) / max(1, schedule.total_steps - warmup - 1)
-    return lr + (min_lr - lr) * progress
-
-
-def set_learning_rate(optimizer, schedule, step):
-    """Set the rate of every group for one step."""
-    for group in optimizer.param_groups:
-        group['lr'] = learning_rate(step, schedule, group.get('lr_scale', 1.0))
