@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 # A run of seconds: 64 images of 16 x 16 pixels, three epochs of four steps.
 SMALL_RUN = (
-    '--model mff_vit_tiny_patch4 --input_size 16 --total_batch_size 16 --epochs 3 --warmup_epochs 1 --lr 1e-3 '
+    '--model vit_nano_patch4 --input_size 16 --total_batch_size 16 --epochs 3 --warmup_epochs 1 --lr 1e-3 '
     '--num_workers 0 --log_every 1 --device cpu'
 ).split()
 
@@ -55,13 +55,13 @@ def pretrain(small_run, tmp_path):
 @pytest.fixture
 def finetune(small_run, tmp_path):
     """finetune(name, *flags) -> Result of a small run of main_finetune in this process."""
-    return runner(main_finetune, small_run, tmp_path, '--model', 'vit_tiny_patch4')
+    return runner(main_finetune, small_run, tmp_path)
 
 
 @pytest.fixture
 def linprobe(small_run, tmp_path):
     """linprobe(name, *flags) -> Result of a small run of main_linprobe in this process."""
-    return runner(main_linprobe, small_run, tmp_path, '--model', 'vit_tiny_patch4', '--lr', '0.5')
+    return runner(main_linprobe, small_run, tmp_path, '--lr', '0.5')
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 
-from models_mff import MODELS, MaskedAutoencoderMFF, create_model
-from util.checkpoint import convert_state_dict
+from models_mff import MODELS, MaskedAutoencoderMFF, create_encoder, default_fuse_layers, model_sizes
 from util.optim import param_groups
+from util.weights import convert_state_dict
 
 SMALL = {
     'img_size': 32, 'patch_size': 8, 'embed_dim': 24, 'depth': 4, 'num_heads': 3, 'fuse_layers': (0, 1, 3),
@@ -186,7 +186,7 @@ def test_one_level_is_plain_mae():
 
 
 def test_encoder_is_timms_vision_transformer():
-    """The encoder loads into timm as it is; unmasked and without fusion, it gives timm's features."""
+    """The encoder loads into timm as it is; unmasked, it gives timm's features."""
     torch.manual_seed(0)
     model = MaskedAutoencoderMFF(**{**SMALL, 'fuse_layers': (3,)}).eval()
     vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=4, num_heads=3, num_classes=0).eval()
@@ -195,6 +195,9 @@ def test_encoder_is_timms_vision_transformer():
     imgs = torch.randn(2, 3, 32, 32)
     in_order = torch.arange(16).expand(2, -1) / 16
     assert torch.allclose(model.forward_encoder(imgs, 0.0, in_order)[0], vit.forward_features(imgs), atol=1e-6)
+    fused = MaskedAutoencoderMFF(**SMALL).eval()
+    vit.load_state_dict({name: fused.state_dict()[name] for name in vit.state_dict()})
+    assert torch.allclose(fused.forward_features(imgs), vit.forward_features(imgs), atol=1e-6)
 
 
 def test_patchify_and_unpatchify():
@@ -219,9 +222,9 @@ def test_position_embedding_of_rectangles():
 # --- Properties that training relies on -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('name', ['mff_vit_tiny_patch4', 'mff_vit_small_patch16'])
+@pytest.mark.parametrize('name', ['vit_nano_patch4', 'vit_tiny_patch4', 'vit_small_patch16'])
 def test_every_parameter_gets_a_gradient_and_one_group(name):
-    model = create_model(name)
+    model = MaskedAutoencoderMFF(**model_sizes(name))
     model(torch.randn(2, 3, *model.patch_embed.img_size))[0].backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
     grouped = [id(p) for group in param_groups(model, 0.05) for p in group['params']]
@@ -239,28 +242,46 @@ def test_fusion_logits_and_projections_decay():
 def test_sizes():
     """Parameters of the paper's model, of its encoder in timm, and what fusion adds."""
     expected = {'small': (12, 384, 6), 'base': (12, 768, 12), 'large': (24, 1024, 16), 'huge': (32, 1280, 16)}
-    with torch.device('meta'):
-        for key, (depth, width, heads) in expected.items():
-            (name,) = [name for name in MODELS if key in name]
-            sizes = {'embed_dim': width, 'depth': depth, 'num_heads': heads, **MODELS[name].keywords}
-            assert (sizes['depth'], sizes['embed_dim'], sizes['num_heads']) == (depth, width, heads)
-            assert MODELS[name].keywords['fuse_layers'][-1] == depth - 1
-    base = create_model('mff_vit_base_patch16')
-    count = sum(p.numel() for p in base.parameters())
-    plain = sum(p.numel() for p in create_model('mff_vit_base_patch16', fuse_layers=[11]).parameters())
-    assert count - plain == 2_952_966
-    assert base.fuse_layers == (0, 2, 4, 6, 8, 11)
-    assert len(base.decoder_blocks) == 8 and base.decoder_embed.out_features == 512
-    assert base.decoder_blocks[0].attn.num_heads == 16
-    small = MODELS['mff_vit_small_patch16'].keywords
+    for key, values in expected.items():
+        (sizes,) = [sizes for name, sizes in MODELS.items() if key in name]
+        assert (sizes['depth'], sizes['embed_dim'], sizes['num_heads']) == values
+        assert (sizes['img_size'], sizes['mlp_ratio'], sizes['decoder_depth']) == (224, 4.0, 8)
+    base, small = MODELS['vit_base_patch16'], MODELS['vit_small_patch16']
+    assert base['fuse_layers'] == (0, 2, 4, 6, 8, 11)
+    assert (base['decoder_embed_dim'], base['decoder_num_heads']) == (512, 16)
     assert small['fuse_layers'] == (3, 5, 7, 11)
-    assert (small['decoder_embed_dim'], small['decoder_num_heads']) == (384, 12) and 'decoder_depth' not in small
-    assert MODELS['mff_vit_large_patch16'].keywords['fuse_layers'] == (0, 4, 8, 12, 16, 20, 23)
-    assert MODELS['mff_vit_huge_patch14'].keywords['fuse_layers'] == (0, 4, 8, 12, 16, 20, 24, 28, 31)
+    assert (small['decoder_embed_dim'], small['decoder_num_heads']) == (384, 12)
+    assert MODELS['vit_large_patch16']['fuse_layers'] == (0, 4, 8, 12, 16, 20, 23)
+    assert MODELS['vit_huge_patch14']['fuse_layers'] == (0, 4, 8, 12, 16, 20, 24, 28, 31)
+    with torch.device('meta'):
+        count, plain = (
+            sum(
+                p.numel()
+                for p in MaskedAutoencoderMFF(**model_sizes('vit_base_patch16', fuse_layers=layers)).parameters()
+            )
+            for layers in (None, [11])
+        )
+        encoder = sum(p.numel() for p in create_encoder(model_sizes('vit_base_patch16')).parameters())
+    assert count - plain == 2_952_966
+    assert encoder + 1000 * 769 == pytest.approx(86.57e6, rel=1e-4)
+
+
+def test_sizes_with_changes():
+    sizes = model_sizes('mff_vit_base_patch16', img_size=[192, 256], depth=24, num_heads=None)
+    assert sizes['img_size'] == (192, 256) and sizes['depth'] == 24 and sizes['num_heads'] == 12
+    assert sizes['fuse_layers'] == MODELS['vit_large_patch16']['fuse_layers']
+    assert MaskedAutoencoderMFF(**model_sizes('vit_nano_patch4', depth=1)).fusion_weights.tolist() == [1.0]
+
+
+@pytest.mark.parametrize('depth', range(1, 41))
+def test_fused_layers_for_any_depth(depth):
+    layers = default_fuse_layers(depth)
+    gaps = [b - a for a, b in zip(layers, layers[1:])]
+    assert layers[0] == 0 and layers[-1] == depth - 1 and all(1 <= gap <= 6 for gap in gaps)
 
 
 def test_attention_is_fused():
-    assert all(block.attn.fused_attn for block in create_model('mff_vit_tiny_patch4').blocks)
+    assert all(block.attn.fused_attn for block in MaskedAutoencoderMFF(**MODELS['vit_tiny_patch4']).blocks)
 
 
 @pytest.mark.parametrize('fuse_layers', [(0, 1, 3), (3,)])
@@ -310,7 +331,7 @@ def test_mask_keeps_the_smallest_noise_and_differs_by_sample():
 def test_initialisation():
     """FACTS of the reference: xavier-uniform, zero biases but N(0, 1e-6) in feed-forwards, tokens N(0, 0.02)."""
     torch.manual_seed(0)
-    model = create_model('mff_vit_tiny_patch4')
+    model = MaskedAutoencoderMFF(**MODELS['vit_tiny_patch4'])
     uniform = {'patch_embed.proj.weight': (192, 48), 'decoder_pred.weight': (48, 96), 'decoder_embed.weight': (96, 192)}
     for name, p in model.named_parameters():
         if name.endswith('norm.weight') or '.norm1.weight' in name or '.norm2.weight' in name:
@@ -357,5 +378,5 @@ def test_impossible_sizes_are_refused(change, message):
 
 
 def test_unknown_model():
-    with pytest.raises(ValueError, match='no model .*mff_vit_base_patch16'):
-        create_model('mff_vit_colossal')
+    with pytest.raises(ValueError, match='no model .*vit_base_patch16'):
+        model_sizes('mff_vit_colossal')
