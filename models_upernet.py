@@ -128,7 +128,7 @@ class UperNet(nn.Module):
 
     def group_matcher(self, coarse=False):
         """Layers, for timm's layer decay: embeddings, each block, and all the rest with the rate itself."""
-        return {'stem': r'^encoder\.(cls_token|pos_embed|patch_embed)', 'blocks': r'^encoder\.blocks\.(\d+)'}
+        return {'stem': r'^encoder\.(?:cls_token|pos_embed|patch_embed)', 'blocks': r'^encoder\.blocks\.(\d+)'}
 
     def forward(self, imgs, resize=True):
         """imgs (N, 3, H, W) -> logits (N, K, H, W); in training mode (logits, auxiliary logits), both of that shape.

@@ -1,0 +1,273 @@
+"""Images with masks: which files belong together, and what the numbers in a mask mean.
+
+A source is as in util/sources.py, except that source[i] is (image (C, H, W), mask (H, W)): uint8 class numbers from 0,
+or IGNORE where a pixel counts for nothing.
+"""
+
+import io
+import os
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from util import data, tar
+from util.errors import InputError
+from util.shapes import Shapes
+from util.sources import EXTENSIONS, ImageFiles, Options, TarImages, find_files, hold_out
+
+IGNORE = 255
+
+# names below --data_path: images/train/a/1.jpg and masks/train/a/1.png belong together
+LAYOUT = re.compile(rb'((?:[^/]+/)*?)(images|annotations|masks|labels)/(.+)\.([^./]+)')
+SPLITS = {'train': ('train', 'training'), 'val': ('val', 'valid', 'validation', 'test')}
+
+# The classes of ADEChallengeData2016, whose masks number them from 1 (--reduce_zero_label).
+ADE20K = (
+    'wall,building,sky,floor,tree,ceiling,road,bed,windowpane,grass,cabinet,sidewalk,person,earth,door,table,mountain,'
+    'plant,curtain,chair,car,water,painting,sofa,shelf,house,sea,mirror,rug,field,armchair,seat,fence,desk,rock,'
+    'wardrobe,lamp,bathtub,railing,cushion,base,box,column,signboard,chest of drawers,counter,sand,sink,skyscraper,'
+    'fireplace,refrigerator,grandstand,path,stairs,runway,case,pool table,pillow,screen door,stairway,river,bridge,'
+    'bookcase,blind,coffee table,toilet,flower,book,hill,bench,countertop,stove,palm,kitchen island,computer,'
+    'swivel chair,boat,bar,arcade machine,hovel,bus,towel,light,truck,tower,chandelier,awning,streetlight,booth,'
+    'television receiver,airplane,dirt track,apparel,pole,land,bannister,escalator,ottoman,bottle,buffet,poster,stage,'
+    'van,ship,fountain,conveyer belt,canopy,washer,plaything,swimming pool,stool,barrel,basket,waterfall,tent,bag,'
+    'minibike,cradle,oven,ball,food,step,tank,trade name,microwave,pot,animal,bicycle,lake,dishwasher,screen,blanket,'
+    'sculpture,hood,sconce,vase,traffic light,tray,ashcan,fan,pier,crt screen,plate,monitor,bulletin board,shower,'
+    'radiator,glass,clock,flag'
+).split(',')
+
+
+# --- Sources --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the numbers in mask files mean."""
+
+    classes: list | None = None  # their names; None: those that the data gives
+    ignore: int = IGNORE  # the number of pixels that count for nothing
+    reduce_zero: bool = False  # 0 is ignored too, and 1 is the first class
+
+    def table(self):
+        """(256,) uint8: number in a file -> class, or IGNORE."""
+        table = np.arange(256, dtype=np.uint8)
+        if self.reduce_zero:
+            table[1:IGNORE] -= 1
+            table[0] = IGNORE
+        table[self.ignore] = IGNORE
+        return table
+
+
+class Pairs:
+    """Image files and their mask files, both given by their numbers in `files`, as open_files gives them."""
+
+    labels = None  # of whole images
+
+    def __init__(self, files, images, masks, labels):
+        self.files, self.images, self.masks = files, np.asarray(images), np.asarray(masks)
+        self.classes, self.table = labels.classes, labels.table()
+
+    def __len__(self):
+        return len(self.images)
+
+    def name(self, index):
+        return self.files.name(self.images[index])
+
+    def path(self, index):
+        return self.files.path(self.images[index])
+
+    def __getitem__(self, index):
+        image, _ = self.files[self.images[index]]
+        path = self.files.path(self.masks[index])
+        mask = self.table[read_mask(self.files, self.masks[index])]
+        if mask.shape != image.shape[1:]:
+            sizes = ' and '.join(f'{width} x {height}' for height, width in (image.shape[1:], mask.shape))
+            raise ValueError(f'{path}: image and mask differ in size, {sizes} pixels')
+        seen = mask[mask != IGNORE]
+        if not seen.size:
+            raise ValueError(f'{path}: all pixels are ignored')
+        if seen.max() >= len(self.classes):
+            number = np.flatnonzero(self.table == seen.max())[0]
+            raise ValueError(
+                f'{path}: holds {number}, above the last of {len(self.classes)} classes; is it the --ignore_label?'
+            )
+        return image, torch.from_numpy(mask)
+
+
+class ShapePairs(Shapes):
+    """Drawn pictures with the outlines of their shapes: class 0 is the background."""
+
+    classes, labels = ['background', *Shapes.classes], None
+
+    def __getitem__(self, index):
+        return super().__getitem__(index)[0], self.mask(index)
+
+
+def read_mask(files, number):
+    """The class numbers (H, W) uint8 in a mask file. Raises ValueError."""
+    path = files.path(number)
+    try:
+        content = files.content(number)
+        image = Image.open(io.BytesIO(content))
+        odd = image.mode == 'L' and content[:4] == b'\x89PNG' and content[24] < 8  # PIL would scale these to 0..255
+        if image.mode not in ('1', 'L', 'P') or odd:
+            raise ValueError(
+                f'has {"2 or 4 bits" if odd else f"pixels of kind {image.mode}"}; a mask is an 8-bit image, grey or '
+                'with a palette, whose values number the classes'
+            )
+        return np.array(image).astype(np.uint8)
+    except UnidentifiedImageError:
+        raise ValueError(f'{path}: no image of a known format') from None
+    except Exception as error:  # decoders raise many kinds of error for a damaged file
+        raise ValueError(f'{path}: {" ".join(str(error).split())}') from None
+
+
+def open_pairs(args, sizes, labels, only_val=False):
+    """(training source, validation source) of --data_path, --val_path and --val_share; with only_val the first is None.
+
+    Args:
+        sizes: the model's, with 'in_chans' and 'img_size' (H, W).
+        labels: Labels; without classes, those of the data.
+
+    Raises:
+        InputError: if images or masks are missing, have no classes, or do not fit together.
+    """
+    options = Options(sizes['in_chans'], tuple(args.background), tuple(sizes['img_size']), args.download_dir)
+
+    def open_split(path, split):
+        return open_source(path, split, options, labels)
+
+    val_path = args.val_path or args.data_path
+    val = open_split(val_path, 'val') or (open_split(val_path, 'train') if args.val_path else None)
+    train = None if only_val and val else open_split(args.data_path, 'train')
+    if val is None and args.val_share:
+        train, val = hold_out(train, args.val_share)
+    elif val is None and only_val:
+        val = train
+    if val is None:
+        raise InputError(
+            f'{args.data_path} has no val/, validation/ or test/ beside its training images; name validation images '
+            'with --val_path, or hold some out with --val_share 0.1'
+        )
+    if train is not None and train.classes != val.classes:
+        raise InputError(f'{args.data_path} and {args.val_path} have other classes')
+    return None if only_val else train, val
+
+
+def open_source(path, split, options, labels):
+    """The pairs of a split; None for 'val' where the data has no such split. Raises InputError."""
+    if not path:
+        raise InputError('--data_path is required: a folder or tar with images/ and masks/, or shapes')
+    if path == 'shapes':
+        return ShapePairs(split, options.image_size)
+    files = open_files(path, options)
+    images, masks = find_pairs(files, split)
+    if not images and not masks:
+        if split == 'val':
+            return None
+        raise InputError(f'{path}: no image in its images/ and no mask in its annotations/, masks/ or labels/')
+    for ours, theirs, text in ((images, masks, 'image without mask'), (masks, images, 'mask without image')):
+        alone = sorted(ours.keys() - theirs.keys())
+        if alone:
+            raise InputError(f'{path}: {text}: {files.path(ours[alone[0]])} ({len(alone)} of {len(ours)})')
+    classes = labels.classes or find_classes(files, path)
+    masks = [masks[key] for key in images]
+    if classes is None:
+        tried = [np.unique(read_mask(files, number)) for number in masks[:16]]
+        numbers = ' '.join(map(str, np.unique(np.concatenate(tried)).tolist()))
+        raise InputError(
+            f'{path}: which classes? Name them in {path}/classes.txt, one on each line, or count them: --num_classes N '
+            f'(its first masks hold {numbers})'
+        )
+    if len(classes) < 2:
+        raise InputError(f'{path}: one class only, {classes[0]}; a mask needs at least two, such as the background')
+    source = Pairs(files, list(images.values()), masks, Labels(classes, labels.ignore, labels.reduce_zero))
+    check_pairs(source, path, options.in_chans)
+    return source
+
+
+def open_files(path, options):
+    """All images, masks and classes.txt of a folder, a tar, or a folder of tars, which are folders. InputError."""
+    extensions = (*EXTENSIONS, 'classes.txt')
+    if os.path.isdir(path):
+        names = find_files(path, extensions)
+        if names:
+            return ImageFiles(path, names, options, class_names=[])
+        names = map(os.fsdecode, find_files(path, ('.tar',)))
+        tars = {os.path.join(path, name): name[: -len('.tar')] for name in names}
+        if not tars:
+            raise InputError(f'{path}: no image in it or in the folders below')
+    elif path.lower().endswith('.tar') and os.path.isfile(path):
+        tars = {path: ''}
+    else:
+        raise InputError(
+            f'{path}: no such folder or tar; images with masks come as images/ with annotations/ or masks/'
+        )
+    names, places = tar.load_index(tars, extensions, options.download_dir)
+    files = TarImages(path, names, options, list(tars), places)
+    files.classes = files.labels = None
+    return files
+
+
+def find_pairs(files, split):
+    """({key: number of an image}, {key: number of a mask}) of a split; equal keys belong together.
+
+    Without folders for splits, everything is 'train'.
+    """
+    images, masks, folders = {}, {}, set()
+    for number, name in enumerate(files.names.tolist()):
+        match = LAYOUT.fullmatch(name)
+        if match:
+            root, kind, stem, extension = match.groups()
+            if kind == b'images' or extension.lower() in (b'png', b'bmp', b'gif', b'tif', b'tiff'):
+                (images if kind == b'images' else masks)[root, stem] = number
+                folders.add(os.fsdecode(stem.split(b'/')[0]) if b'/' in stem else None)
+    chosen = next((name for name in SPLITS[split] if name in folders), None)
+    divided = any(name in folders for names in SPLITS.values() for name in names)
+    if not divided:
+        return (images, masks) if split == 'train' else ({}, {})
+    prefix = None if chosen is None else os.fsencode(chosen) + b'/'
+
+    def of_split(found):
+        return {key: number for key, number in found.items() if prefix and key[1].startswith(prefix)}
+
+    return of_split(images), of_split(masks)
+
+
+def find_classes(files, path):
+    """The names in classes.txt, one on each line, or ADE20K's where a folder has its name; None if there are none."""
+    numbers = [number for number, name in enumerate(files.names.tolist()) if name.split(b'/')[-1] == b'classes.txt']
+    if numbers:
+        text = files.content(numbers[0]).decode('utf-8-sig', 'replace')
+        return [line.strip() for line in text.splitlines() if line.strip()] or None
+    where = os.path.join(os.path.abspath(path), files.path(0))
+    return list(ADE20K) if 'ADEChallengeData2016' in where.split(os.sep) else None
+
+
+def check_pairs(source, path, in_chans, tries=16):
+    """Read pairs from the start; InputError if most of them cannot be used."""
+    problems = []
+    tries = min(len(source), tries)
+    for index in range(tries):
+        try:
+            channels = len(source[index][0])
+        except ValueError as error:
+            problems.append(error)
+            continue
+        if channels != in_chans:
+            raise InputError(f'{path}: its images have {channels} channels, but --in_chans is {in_chans}')
+    if 2 * len(problems) > tries:
+        raise InputError(f'{len(problems)} of the first {tries} images and masks cannot be used; {problems[0]}')
+
+
+class PairSamples(data.Samples):
+    """(epoch, index) -> (transformed image, transformed mask, problem), as data.Samples."""
+
+    def __getitem__(self, key):
+        epoch, index = key
+        image, mask, problem = self.read(epoch, index)
+        data.seed_generators(self.seed, epoch, index)
+        return *self.transform(image, mask), problem
