@@ -45,6 +45,7 @@ class Events:
     best: str | None = None  # of these numbers the one whose largest value makes checkpoint-best.pth
     draw: Callable | None = None  # () -> {name: figure}, on rank 0, every --picture_every epochs
     numbers: Callable | None = None  # () -> {name: number}, at every log line
+    neighbours: Callable | None = None  # as evaluate, before the first step and every --knn_every epochs
 
 
 # --- Before training ----------------------------------------------------------------------------------------------
@@ -189,6 +190,8 @@ def train(run, model, optimizer, loss_fn, loader, events, title=''):
             # --- An epoch is complete. A resumed run also comes here, as it may have been killed in here.
             epoch, step_in_epoch = divmod(step, schedule.steps_per_epoch)
             is_end = step == schedule.total_steps
+            if events.neighbours and (is_end or step_in_epoch == 0 and epoch % args.knn_every == 0):
+                log.entry(step, step / schedule.steps_per_epoch, events.neighbours())
             if step > 0 and (step_in_epoch == 0 or is_end):
                 loader.bad.count = 0
                 if events.evaluate and (epoch % args.eval_every == 0 or is_end):

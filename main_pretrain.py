@@ -14,7 +14,7 @@ import torch
 
 import engine
 from models_mff import MODELS, MaskedAutoencoderMFF
-from util import checkpoint, data, optim, sources, transforms, variants, visualize, weights
+from util import checkpoint, data, features, optim, sources, transforms, variants, visualize, weights
 from util.args import ArgumentParser, add_common_arguments, add_model_arguments, number, run
 from util.errors import InputError, as_input_error
 
@@ -33,6 +33,7 @@ def get_parser():
     add('--norm_pix_loss', action=boolean, default=True, help='standardise each target patch (default: yes)')
     add('--crop', choices=['simple', 'rrc'], default='simple', help="MFF's crop or MAE's (default: %(default)s)")
     add('--grad_checkpointing', action=boolean, default=False, help='less memory: activations are computed twice')
+    add('--knn_every', type=number(int, 1), metavar='EPOCHS', help='epochs between 20-NN accuracies; needs labels')
     variants.add_arguments(parser)
     return parser
 
@@ -55,7 +56,9 @@ def main(args):
     # --- Data -----------------------------------------------------------------------------------------------------
     train_source, val_source = sources.open_sources(args, settings.sizes)
     samples = data.Samples(train_source, transforms.pretrain_transform(size, args.crop), num_patches, args.seed)
-    val_samples = data.Samples(val_source or train_source, transforms.centre_transform(size), num_patches)
+    centre = transforms.centre_transform(size)
+    val_samples = data.Samples(val_source or train_source, centre, num_patches)
+    knn_parts = features.small_parts(train_source, val_source) if args.knn_every else ()
 
     # --- Run: output folder, checkpoint to resume, processes, device ----------------------------------------------
     schedule = engine.make_schedule(args, len(train_source), usual_batch=4096)
@@ -84,9 +87,22 @@ def main(args):
         values = model.fusion_weights.tolist()
         return {f'fusion/layer_{layer:02d}': value for layer, value in zip(model.fuse_layers, values)}
 
+    def neighbours():
+        train, val = (features.extract(model, part_loader, state.autocast) for part_loader in knn_loaders)
+        accuracy = features.neighbour_accuracy(train, val, 20, state.device)
+        return {'val_knn_cls': accuracy['cls token'], 'val_knn_patches': accuracy['mean of patches']}
+
     if val_source:  # always with the same masks
         val_loader = engine.evaluation_loader(args, state.device, val_samples, settings)
-    events = engine.Events(evaluate=evaluate if val_source else None, draw=draw, numbers=fusion_weights)
+    knn_loaders = [
+        engine.evaluation_loader(args, state.device, data.Samples(part, centre), settings) for part in knn_parts
+    ]
+    events = engine.Events(
+        evaluate=evaluate if val_source else None,
+        draw=draw,
+        numbers=fusion_weights,
+        neighbours=neighbours if knn_loaders else None,
+    )
     title = f'Pre-training, fusing blocks {list(model.fuse_layers)}; {origin}'
     engine.train(state, model, optimizer, loss_fn, loader, events, title)
     if state.rank == 0:

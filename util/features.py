@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from util import distributed
+from util.errors import InputError
+from util.sources import Part, check_same_classes
 
 HELD_OUT = 0.2  # share of the training images by which the penalty of logistic regression is chosen
 PENALTIES = [10.0 ** (-power / 2) for power in range(13)]  # 1 to 1e-6
@@ -20,11 +22,14 @@ def extract(model, loader, autocast):
 
     Args:
         model: with forward_features, (N, C, H, W) -> (N, 1+L, D): MaskedAutoencoderMFF or timm's VisionTransformer.
-        loader: gives (images on the device of model, labels).
+        loader: data.Loader of images and labels, on the device of model, that leaves out unreadable images.
 
     Returns:
         features: {'cls token': (M, D), 'mean of patches': (M, D)}, float32 on the CPU.
         labels: (M,), on the CPU.
+
+    Raises:
+        RunError: if too many images cannot be read.
     """
     was_training, empty = model.training, torch.empty(0, model.cls_token.shape[-1])
     model.eval()
@@ -36,7 +41,16 @@ def extract(model, loader, autocast):
         means.append(tokens[:, 1:].float().mean(1).cpu())
         labels.append(target.cpu())
     model.train(was_training)
+    loader.bad.check(loader.bad.num_images - sum(distributed.gather(len(torch.cat(labels)))))
     return {'cls token': torch.cat(cls_tokens), 'mean of patches': torch.cat(means)}, torch.cat(labels)
+
+
+def small_parts(train, val, num_train=2000, num_val=1000):
+    """Fixed parts of two sources, small enough to be classified while training. InputError if there are no labels."""
+    if train.labels is None or val is None or val.labels is None:
+        raise InputError('--knn_every needs labelled training and validation images')
+    check_same_classes(train.classes, val.classes, 'the training images', 'the validation images')
+    return Part(train, spread(train.labels, num_train)), Part(val, spread(val.labels, num_val))
 
 
 def spread(labels, count):
@@ -148,7 +162,7 @@ def fit_logistic(x, y, weight, penalty):
         weight (D+1, classes), the same on all processes.
     """
     weight = weight.clone().requires_grad_()
-    options = {'tolerance_grad': 1e-6, 'tolerance_change': 1e-15, 'history_size': 20}
+    options = {'tolerance_grad': 1e-7, 'tolerance_change': 1e-15, 'history_size': 20}
     optimizer = torch.optim.LBFGS([weight], max_iter=2000, max_eval=4000, line_search_fn='strong_wolfe', **options)
     count = sum(distributed.gather(len(y)))
 
