@@ -1,23 +1,23 @@
 """Weights out: a folder that timm.create_model loads, and that can be pushed to the Hugging Face hub as it is.
 
-timm reads such a folder ('local-dir:') from 1.0.26, from the hub ('hf-hub:') also before.
+    python -m util.export OUTPUT_DIR/checkpoint-last.pth DIR
+
+timm reads such a folder from a disk ('local-dir:') and from the hub ('hf-hub:').
 """
 
-import argparse
-import inspect
+import contextlib
 import json
 import os
+import shutil
 
 import timm
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from models_mff import MODELS
-from util import checkpoint, design_choices, transforms
-from util.args import InputError
-from util.weights import convert_state_dict
+from util import variants, weights
+from util.args import ArgumentParser, run
+from util.errors import InputError
 
-# timm's architecture by encoder width; model_args in config.json say all sizes, so that any other size works too.
+# timm's architecture by encoder width, or else base: model_args in config.json hold all sizes, so any works.
 ARCHITECTURES = {
     192: 'tiny_patch16',
     384: 'small_patch16',
@@ -26,11 +26,8 @@ ARCHITECTURES = {
     1280: 'huge_patch14',
 }
 
-# Flags of a run that its weights need; others, such as paths, stay at home.
-KEPT_FLAGS = [
-    *('model', 'input_size', 'in_chans', 'mean', 'std', 'fuse_layers', 'norm_pix_loss', 'mask_ratio', 'crop', 'epochs'),
-    *design_choices.DEFAULTS,
-]
+# Flags of the run that come with its weights, besides sizes, mean and std; others, such as paths, do not.
+KEPT_FLAGS = ['model', 'input_size', 'norm_pix_loss', 'mask_ratio', 'crop', 'crop_pct', 'epochs', *variants.CHOICES]
 
 CITATION = """@inproceedings{liu2023improving,
   title     = {Improving Pixel-based MIM by Reducing Wasted Modeling Capability},
@@ -41,65 +38,88 @@ CITATION = """@inproceedings{liu2023improving,
 
 
 def export(path, output_dir):
-    """Write a pre-training or fine-tuning checkpoint of this project as a folder for timm.
+    """Write a checkpoint of pre-training, fine-tuning or a linear probe of this project as a folder for timm.
 
-    model.safetensors and config.json: the encoder (class token after the pre-training norm, no head), or the
-    classifier with its class names. pretraining/model.safetensors: the whole model, for
-    load_weights. README.md: a model card.
+    model.safetensors and config.json: the encoder (class token after the pre-training norm, no head), or the classifier
+    with the names of its classes. pretraining/model.safetensors: the whole model, for --init_from. README.md: a model
+    card.
 
     Returns:
         A few lines for people: what was written and how to load it.
 
     Raises:
-        InputError: if path is not such a checkpoint, or output_dir cannot be written.
+        InputError: if path is no such checkpoint, or output_dir cannot be written; then nothing is left there.
     """
-    state = checkpoint.read_file(path)
-    flags = state.get('args') if isinstance(state, dict) else None
-    if not isinstance(flags, dict) or not isinstance(state.get('model'), dict) or 'model' not in flags:
-        raise InputError(f'{path}: not a checkpoint of this project; only these can be exported')
-    flags, whole = {'in_chans': 3, 'mean': None, 'std': None, **flags}, convert_state_dict(state)
-    name = flags['model'].removeprefix('mff_')
-    if f'mff_{name}' not in MODELS:
-        raise InputError(f'{path}: of an unknown model, {flags["model"]}')
+    file = weights.read_whole(path)
+    settings = weights.settings_of(file) if weights.is_ours(file.content) else None
+    if settings is None or 'encoder.cls_token' in file.state or settings.sizes['fuse_layers'] is None:
+        raise InputError(f'{path}: not a checkpoint of pre-training or a classifier of this project, as export needs')
     encoder = fold_batch_norm(
-        {key: value for key, value in whole.items() if not key.startswith(('decoder_', 'mask_token', 'fuse_'))}
+        {name: tensor for name, tensor in file.state.items() if weights.part_of(name) not in ('decoder', 'fusion')}
     )
-    config = make_config(name, flags, encoder, state.get('classes'))
+    config = make_config(settings, encoder)
     try:
         model = timm.create_model(config['architecture'], num_classes=config['num_classes'], **config['model_args'])
         model.load_state_dict(encoder)
-    except RuntimeError as error:
-        raise InputError(f'{path}: its weights do not fit {flags["model"]}: {" ".join(str(error).split())}') from None
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f'{path}: its weights do not fit its sizes: {" ".join(str(error).split())}') from None
 
-    files = ['model.safetensors', 'config.json', 'README.md']
-    pretraining = 'decoder_embed.weight' in whole
-    metadata = {'format': 'pt', 'args': json.dumps({flag: flags.get(flag) for flag in KEPT_FLAGS})}
+    metadata = {
+        'args': {flag: getattr(settings.flags, flag, None) for flag in KEPT_FLAGS},
+        'sizes': settings.sizes,
+        'mean': settings.mean,
+        'std': settings.std,
+        'classes': settings.classes,
+    }
+    metadata = {'format': 'pt', **{key: json.dumps(value, default=str) for key, value in metadata.items()}}
+    contents = {
+        'model.safetensors': to_bytes(encoder, metadata),
+        'config.json': json.dumps(config, indent=2).encode() + b'\n',
+        'README.md': model_card(file, settings, config).encode() + b'\n',
+    }
+    if 'decoder_embed.weight' in file.state:  # apart: timm takes the only one beside config.json
+        contents['pretraining/model.safetensors'] = to_bytes(file.state, metadata)
     try:
-        os.makedirs(output_dir, exist_ok=True)
-        save_tensors(encoder, os.path.join(output_dir, files[0]), metadata)
-        if pretraining:
-            files.append('pretraining/model.safetensors')  # apart: timm takes the only one beside config.json
-            os.makedirs(os.path.join(output_dir, 'pretraining'), exist_ok=True)
-            save_tensors(whole, os.path.join(output_dir, files[-1]), metadata)
-        elif os.path.exists(os.path.join(output_dir, 'pretraining/model.safetensors')):  # of an earlier export
-            os.remove(os.path.join(output_dir, 'pretraining/model.safetensors'))
-        for file_name, text in zip(files[1:], [json.dumps(config, indent=2), model_card(name, flags, state, config)]):
-            with open(os.path.join(output_dir, file_name), 'w', encoding='utf-8') as file:
-                file.write(text + '\n')
-    except (OSError, SafetensorError) as error:
-        raise InputError(f'{output_dir}: cannot write there ({getattr(error, "strerror", None) or error})') from None
+        write_files(contents, output_dir)
+    except OSError as error:
+        raise InputError(f'{output_dir}: cannot write there ({error.strerror or error})') from None
     what = f'the classifier of {config["num_classes"]} classes' if config['num_classes'] else 'the encoder'
     return (
-        f'In {output_dir}: {", ".join(files)}\n'
-        f"  {what} in timm (from 1.0.26):  timm.create_model('local-dir:{output_dir}', pretrained=True)\n"
+        f'In {output_dir}: {", ".join(contents)}\n'
+        f"  {what} in timm:  timm.create_model('local-dir:{output_dir}', pretrained=True)\n"
         f'  to the hub:  hf upload USER/NAME {output_dir}'
     )
 
 
-def save_tensors(tensors, path, metadata):
-    """Write a .safetensors file, whole or not at all."""
-    save_file({key: value.contiguous().clone() for key, value in tensors.items()}, path + '.tmp', metadata)
-    os.replace(path + '.tmp', path)
+def to_bytes(tensors, metadata):
+    return save({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, metadata)
+
+
+def write_files(contents, folder):
+    """Write {name: bytes} into a folder, each complete or not at all. On an OSError, no new folder is left."""
+    new = folder = os.path.abspath(folder)
+    while not os.path.exists(os.path.dirname(new)):
+        new = os.path.dirname(new)
+    existed = os.path.exists(new)
+    pretraining = os.path.join(folder, 'pretraining', 'model.safetensors')
+    try:
+        for name, content in contents.items():
+            path = os.path.join(folder, name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            try:
+                with open(f'{path}.tmp', 'wb') as file:
+                    file.write(content)
+                os.replace(f'{path}.tmp', path)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.remove(f'{path}.tmp')
+                raise
+        if 'pretraining/model.safetensors' not in contents and os.path.exists(pretraining):  # of an earlier export
+            os.remove(pretraining)
+    except OSError:
+        if not existed:
+            shutil.rmtree(new, ignore_errors=True)
+        raise
 
 
 def fold_batch_norm(state):
@@ -113,54 +133,42 @@ def fold_batch_norm(state):
     return {**rest, 'head.weight': weight.float(), 'head.bias': bias.float()}
 
 
-def make_config(name, flags, encoder, classes):
+def make_config(settings, encoder):
     """config.json, as timm reads it (timm/models/_hub.py)."""
-    sizes = defaults(name)
-    img_size = flags.get('input_size') or [sizes['img_size']] * 2
+    sizes = settings.sizes
     num_classes = len(encoder['head.weight']) if 'head.weight' in encoder else 0
-    if classes and len(classes) != num_classes:
-        raise InputError(f'its head has {num_classes} classes, but it names {len(classes)}')
-    mean, std = transforms.pixel_statistics(argparse.Namespace(**flags))
-    in_chans = flags['in_chans']
+    names = {'label_names': settings.classes} if settings.classes else {}
     return {
-        'architecture': f'vit_{ARCHITECTURES[sizes["embed_dim"]]}_224',
+        'architecture': f'vit_{ARCHITECTURES.get(sizes["embed_dim"], "base_patch16")}_224',
         'num_classes': num_classes,
         'num_features': sizes['embed_dim'],
-        **({'label_names': list(classes)} if classes else {}),
+        **names,
         'model_args': {
-            'img_size': list(img_size),
-            'in_chans': in_chans,
-            **{key: sizes[key] for key in ('patch_size', 'embed_dim', 'depth', 'num_heads')},
+            **{key: sizes[key] for key in weights.ENCODER},
             'global_pool': 'avg' if 'fc_norm.weight' in encoder else 'token',
         },
         'pretrained_cfg': {
-            'input_size': [in_chans, *img_size],
+            'input_size': [sizes['in_chans'], *sizes['img_size']],
             'fixed_input_size': True,
             'interpolation': 'bicubic',
-            'crop_pct': flags.get('crop_pct') or 0.875,
-            'mean': list(mean),
-            'std': list(std),
+            'crop_pct': getattr(settings.flags, 'crop_pct', None) or 0.875,
+            'mean': settings.mean,
+            'std': settings.std,
             'num_classes': num_classes,
-            'first_conv': 'patch_embed.proj' if in_chans == 3 else None,  # older timm would adapt it once more
+            'first_conv': 'patch_embed.proj' if sizes['in_chans'] == 3 else None,  # timm adapts it to other channels
             'classifier': 'head',
         },
     }
 
 
-def defaults(name):
-    """What a size of MODELS is made with, where a flag does not change it."""
-    return {key: parameter.default for key, parameter in inspect.signature(MODELS[f'mff_{name}']).parameters.items()}
-
-
-def model_card(name, flags, state, config):
+def model_card(file, settings, config):
     """README.md: what the weights are, and how to load them."""
-    num_classes, pretraining = config['num_classes'], 'decoder_embed.weight' in state['model']
-    channels, height, width = config['pretrained_cfg']['input_size']
-    fused = flags.get('fuse_layers') or defaults(name)['fuse_layers']
+    sizes, flags, num_classes = settings.sizes, settings.flags, config['num_classes']
+    name, pretraining = str(getattr(flags, 'model', 'ViT')).removeprefix('mff_'), 'decoder_embed.weight' in file.state
     if not pretraining:
         tags, title = ['timm'], f'{"Classifier" if num_classes else "Encoder"} {name}'
         method = 'Trained with a PyTorch implementation of MFF, which is cited below.'
-    elif len(fused) > 1:
+    elif len(sizes['fuse_layers']) > 1:
         tags = ['timm', 'masked-image-modeling', 'mff']
         title = f'Encoder {name}, pre-trained with multi-level feature fusion (MFF)'
         method = 'Method: [arXiv 2308.00261](https://arxiv.org/abs/2308.00261), cited below.'
@@ -168,21 +176,22 @@ def model_card(name, flags, state, config):
         tags = ['timm', 'masked-image-modeling']
         title = f'Encoder {name}, pre-trained as a masked autoencoder (MAE)'
         method = 'Method: [arXiv 2111.06377](https://arxiv.org/abs/2111.06377), without the fusion of MFF, cited below.'
+    channels, height, width = config['pretrained_cfg']['input_size']
+    step, epoch, top1 = (file.content.get(key) for key in ('step', 'epoch', 'best_top1'))
     rows = {
-        'architecture': f'{name}, {config["num_features"]} wide, {config["model_args"]["depth"]} blocks',
-        'input': f'{channels} x {height} x {width}, mean {flatten(config["pretrained_cfg"]["mean"])}, '
-        f'std {flatten(config["pretrained_cfg"]["std"])}',
-        'trained': f'{state["epoch"]} epochs, {state["step"]} steps' if 'step' in state else None,
+        'architecture': f'{name}, {sizes["embed_dim"]} wide, {sizes["depth"]} blocks, patch {sizes["patch_size"]}',
+        'input': f'{channels} x {height} x {width}, mean {flatten(settings.mean)}, std {flatten(settings.std)}',
+        'trained': None if step is None else f'{epoch} epochs, {step} steps',
         'classes': num_classes or None,
-        'fused blocks': flatten(fused) if pretraining else None,
-        'mask ratio': flags.get('mask_ratio'),
-        'crop': {'simple': "simple, MFF's", 'rrc': "random resized, MAE's"}.get(flags.get('crop')),
-        'pixels predicted': {True: 'standardised in each patch', False: 'as they are'}.get(flags.get('norm_pix_loss')),
-        **{
-            choice: flags.get(choice) for choice, usual in design_choices.DEFAULTS.items() if flags.get(choice) != usual
-        },
-        'training images': state.get('num_images'),
-        'top-1, validation images': f'{state["best_top1"]:.2f} %' if state.get('best_top1', -1) >= 0 else None,
+        'fused blocks': flatten(sizes['fuse_layers']) if pretraining else None,
+        'mask ratio': flags.mask_ratio if pretraining else None,
+        'crop': {'simple': "simple, MFF's", 'rrc': "random resized, MAE's"}.get(str(getattr(flags, 'crop', None))),
+        'pixels predicted': {'True': 'standardised in each patch', 'False': 'as they are'}.get(
+            str(flags.norm_pix_loss)
+        ),
+        **({} if variants.is_default(flags) else variants.chosen(flags)),
+        'training images': file.content.get('num_images'),
+        'top-1, validation images': f'{top1:.2f} %' if isinstance(top1, float) and top1 >= 0 else None,
     }
     output = f'logits (1, {num_classes})' if num_classes else f'class token (1, {config["num_features"]})'
     lines = [
@@ -213,16 +222,37 @@ def model_card(name, flags, state, config):
             '',
             '`pretraining/model.safetensors` is the whole model with its decoder, for continued pre-training.',
         ]
+    lines += ['', '## To fill in', '']
+    if not pretraining:
+        lines.append('- The weights that it started from, and how these were pre-trained.')
     lines += [
-        *('', '## To fill in', ''),
-        *([] if pretraining else ['- The weights that it started from, and how these were pre-trained.']),
         '- Training data: its name, source and licence, and who or what it leaves out.',
         '- Intended use, and uses that are out of scope.',
         '- Results on data of your own, with the number of runs; known failures and biases.',
-        *('', '## Citation', '', '```bibtex', CITATION, '```'),
+        '',
+        '## Citation',
+        '',
+        '```bibtex',
+        CITATION,
+        '```',
     ]
     return '\n'.join(lines)
 
 
 def flatten(values):
     return ', '.join(f'{value:.4g}' for value in values)
+
+
+def get_parser():
+    parser = ArgumentParser('Export a checkpoint as a folder that timm loads and the Hugging Face hub takes')
+    parser.add_argument('checkpoint', help='of pre-training, fine-tuning or a linear probe')
+    parser.add_argument('dir', metavar='DIR', help='for model.safetensors, config.json, README.md')
+    return parser
+
+
+def main(args):
+    print(export(args.checkpoint, args.dir))
+
+
+if __name__ == '__main__':
+    run(main, get_parser())

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from safetensors import safe_open
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import resample_abs_pos_embed
+from timm.layers import PatchEmbed, resample_abs_pos_embed
 
 from models_mff import (
     MODELS,
@@ -101,7 +101,8 @@ def read_file(path):
         text = str(error)
         called = re.search(r'nsupported (?:global: )?GLOBAL (\S+)|unrecognized (function)', text)
         if called:
-            raise InputError(f'{path}: {refusal(called[1] or "a function")}') from None
+            hint = '' if start[:2] == b'PK' else '; in a file that is no zip, no class but those of tensors is read'
+            raise InputError(f'{path}: {refusal(called[1] or "a function")}{hint}') from None
         reason = (re.findall(r'WeightsUnpickler error: (.+)', text) or text.splitlines() or [type(error).__name__])[0]
         raise InputError(f'{path}: damaged, or not a weights file ({reason})') from None
 
@@ -614,7 +615,7 @@ def load_file(model, file, complete):
     ours = {standard_name(name, model): tensor for name, tensor in model.state_dict().items()}
     check_size(file, find_sides('the model', ours))
     if 'encoder.cls_token' not in state:
-        state, notes = fit(file, getattr(model, 'encoder', model).patch_embed)
+        state, notes = fit(file, next(module for module in model.modules() if isinstance(module, PatchEmbed)))
         if 'encoder.cls_token' in ours:
             state = into_beit(state)
 
@@ -652,6 +653,7 @@ def load_file(model, file, complete):
 
 def standard_name(name, model):
     """The name that convert_state_dict gives to a model's parameter: a probe may hold its BatchNorm in two places."""
+    name = name.removeprefix('backbone.')  # of main_linprobe.LinearProbe
     if isinstance(getattr(model, 'fc_norm', None), torch.nn.BatchNorm1d):
         name = re.sub(r'^fc_norm\.', 'bn.', name)
     if isinstance(getattr(model, 'head', None), torch.nn.Sequential):
