@@ -7,7 +7,7 @@ or IGNORE where a pixel counts for nothing.
 import io
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -47,7 +47,8 @@ ADE20K = (
 class Labels:
     """What the numbers in mask files mean."""
 
-    classes: list | None = None  # their names; None: those that the data gives
+    classes: list | None = None  # their names; None: those that the data gives, or else
+    otherwise: list | None = None
     ignore: int = IGNORE  # the number of pixels that count for nothing
     reduce_zero: bool = False  # 0 is ignored too, and 1 is the first class
 
@@ -100,7 +101,9 @@ class Pairs:
 class ShapePairs(Shapes):
     """Drawn pictures with the outlines of their shapes: class 0 is the background."""
 
-    classes, labels = ['background', *Shapes.classes], None
+    def __init__(self, split, size):
+        super().__init__(split, size)
+        self.classes = ['background', *Shapes.classes]
 
     def __getitem__(self, index):
         return super().__getitem__(index)[0], self.mask(index)
@@ -173,7 +176,7 @@ def open_source(path, split, options, labels):
         alone = sorted(ours.keys() - theirs.keys())
         if alone:
             raise InputError(f'{path}: {text}: {files.path(ours[alone[0]])} ({len(alone)} of {len(ours)})')
-    classes = labels.classes or find_classes(files, path)
+    classes = labels.classes or find_classes(files, path) or labels.otherwise
     masks = [masks[key] for key in images]
     if classes is None:
         tried = [np.unique(read_mask(files, number)) for number in masks[:16]]
@@ -184,7 +187,7 @@ def open_source(path, split, options, labels):
         )
     if len(classes) < 2:
         raise InputError(f'{path}: one class only, {classes[0]}; a mask needs at least two, such as the background')
-    source = Pairs(files, list(images.values()), masks, Labels(classes, labels.ignore, labels.reduce_zero))
+    source = Pairs(files, list(images.values()), masks, replace(labels, classes=classes))
     check_pairs(source, path, options.in_chans)
     return source
 

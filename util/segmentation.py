@@ -29,6 +29,11 @@ class PairSamples(data.Samples):
         return *self.transform(image, mask), problem
 
 
+def unchanged(image, mask):
+    """The transform of evaluation."""
+    return image, mask
+
+
 # --- Training transform (mmsegmentation configs/_base_/datasets/ade20k.py) ------------------------------------
 
 

@@ -12,13 +12,17 @@ notebooks.
 
 import argparse
 import itertools
+import math
 import os
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib import colormaps
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image, ImageDraw
 
 from util import log, transforms
 from util.args import ArgumentParser, number, run
@@ -224,6 +228,70 @@ def spectrum_figure(features):
     last.xaxis.get_major_locator().set_params(integer=True)
     finish(last, 'block', '')
     return figure
+
+
+# --- Segmentation -------------------------------------------------------------------------------------------------
+
+
+def palette(num_classes):
+    """(K, 3) uint8, a colour for each class: neighbouring numbers have distant hues."""
+    hues = [(0.61 * index % 1, (0.85, 0.5)[index % 2], (0.95, 0.75, 0.55)[index % 3]) for index in range(num_classes)]
+    return np.round(255 * hsv_to_rgb(hues)).astype(np.uint8)
+
+
+def paint(labels, num_classes):
+    """Class numbers (H, W) -> their colours (H, W, 3) uint8; numbers above the classes are white."""
+    colours = np.full((256, 3), 255, dtype=np.uint8)
+    colours[:num_classes] = palette(num_classes)
+    return colours[np.asarray(labels)]
+
+
+def as_rgb(image):
+    """image (C, H, W), uint8 or float in 0..1 -> (3, H, W) uint8, grey unless C is 3."""
+    image = torch.as_tensor(image)
+    image = image if image.dtype == torch.uint8 else (255 * image).round().clamp(0, 255).to(torch.uint8)
+    return image if len(image) == 3 else image[:1].expand(3, -1, -1)
+
+
+def segmentation_figure(rows, classes):
+    """Figure with a row for each of rows: (image (3, H, W) uint8, mask (H, W), prediction (H, W)), and a legend."""
+    height = 1.7 * len(rows)
+    figure = Figure(figsize=(7, height + 0.3), dpi=100)
+    figure.subplots_adjust(0.01, 0.01, 0.75, 1 - 0.3 / (height + 0.3), wspace=0.03, hspace=0.03)
+    grid = figure.subplots(len(rows), 3, squeeze=False)
+    shown = set()
+    for axes, (image, mask, predicted) in zip(grid, rows):
+        shown |= {*np.unique(mask).tolist(), *np.unique(predicted).tolist()}
+        pictures = (np.moveaxis(np.asarray(image), 0, 2), paint(mask, len(classes)), paint(predicted, len(classes)))
+        for axis, picture in zip(axes, pictures):
+            axis.imshow(picture, aspect='auto')
+            axis.axis('off')
+    for axis, title in zip(grid[0], ('image', 'mask', 'prediction')):
+        axis.set_title(title, fontsize=10)
+    colours = palette(len(classes)) / 255
+    patches = [Patch(color=colours[label], label=classes[label]) for label in sorted(shown) if label < len(classes)]
+    figure.legend(handles=patches[:40], loc='center right', fontsize=7, frameon=False)
+    return figure
+
+
+def overlay(image, labels, classes):
+    """PIL image: image (3, H, W) uint8 under the colours of labels (H, W), and beside it a legend of these classes."""
+    pixels = (np.moveaxis(np.asarray(image), 0, 2) // 2) + paint(labels, len(classes)) // 2
+    numbers, counts = np.unique(labels, return_counts=True)
+    lines = [
+        (label, f'{classes[label]}  {count / labels.size:.0%}')
+        for count, label in sorted(zip(counts.tolist(), numbers.tolist()), reverse=True)
+    ]
+    size, colours = 16, palette(len(classes))
+    width = 2 * size + max(math.ceil(ImageDraw.Draw(Image.new('L', (1, 1))).textlength(text)) for _, text in lines)
+    canvas = Image.new('RGB', (pixels.shape[1] + width, max(pixels.shape[0], size * len(lines) + 4)), 'white')
+    canvas.paste(Image.fromarray(pixels))
+    draw = ImageDraw.Draw(canvas)
+    for row, (label, text) in enumerate(lines):
+        left, top = pixels.shape[1] + 4, size * row + 4
+        draw.rectangle((left, top, left + 10, top + 10), fill=tuple(colours[label].tolist()))
+        draw.text((left + size, top), text, fill='black')
+    return canvas
 
 
 # --- What the figures share ---------------------------------------------------------------------------------------

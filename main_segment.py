@@ -1,0 +1,309 @@
+"""Train a pre-trained encoder for semantic segmentation, evaluate a segmenter, or segment images.
+
+    python main_segment.py @recipes/vit_base_segment.txt --data_path ADE20K --init_from CHECKPOINT
+    python main_segment.py --eval --init_from output/vit_base_segment/checkpoint-best.pth --data_path ADE20K
+    python main_segment.py --predict IMAGE ... --init_from output/vit_base_segment/checkpoint-best.pth
+
+The model is UperNet (models_upernet.py); --data_path holds images/ and masks/ (docs/segmentation.md). Resuming,
+processes and recipes are as in main_pretrain.py.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import sys
+
+import torch
+from PIL import Image
+
+import engine
+from models_mff import MODELS
+from models_upernet import UperNet, default_levels
+from util import checkpoint, data, distributed, images, masks, mix, optim, segmentation, transforms, visualize, weights
+from util.args import ArgumentParser, ImageSize, add_common_arguments, add_model_arguments, number, run
+from util.errors import InputError, as_input_error
+
+
+def get_parser():
+    parser = ArgumentParser(__doc__)
+    add_common_arguments(parser)
+    add_model_arguments(parser, MODELS)
+    parser.set_defaults(lr=1e-4, betas=[0.9, 0.999], epochs=100)
+    count, default = number(int, 1), '(default: %(default)s)'
+    add = parser.add_argument_group('segmentation').add_argument
+    add('--levels', type=number(int, 0), nargs=4, help='blocks whose outputs are used (default: 3 5 7 11 of 12)')
+    add('--channels', type=count, help='width of the head (default: that of the encoder)')
+    add('--aux_channels', type=count, help='width of the auxiliary head (default: 256, at most --channels)')
+    add('--scale', type=count, nargs=2, metavar=('LONG', 'SHORT'), help='images fit in it (default: 4 crops, 1 crop)')
+    add('--num_classes', type=number(int, 2, 255), help='where no classes.txt names the classes')
+    add(
+        '--reduce_zero_label',
+        action=argparse.BooleanOptionalAction,
+        help='masks number classes from 1, and 0 is ignored',
+    )
+    add('--ignore_label', type=number(int, 0, 255), help='number in masks that counts for nothing (default: 255)')
+    add('--total_steps', type=count, help='length of the training, instead of --epochs')
+    add('--warmup_steps', type=number(int, 0), help='instead of --warmup_epochs')
+    add('--layer_decay', type=number(float, 0, 1), default=0.65, help=f'rate of a block over the next {default}')
+    add('--drop_path', type=number(float, 0, 0.99), default=0.1, help=f'at the last block {default}')
+    add('--grad_checkpointing', action='store_true', help='less memory: activations are computed twice')
+    add = parser.add_argument_group('evaluation and prediction').add_argument
+    add('--eval', action='store_true', help='only evaluate the segmenter of --init_from')
+    add('--predict', nargs='+', metavar='PATH', help='only segment images and folders with --init_from')
+    add('--stride', action=ImageSize, type=count, nargs='+', help='of the sliding window (default: 2/3 of the crop)')
+    add('--scales', type=number(float, 0.1), nargs='+', default=[1.0], help='average over these multiples of --scale')
+    add('--flip', action='store_true', help='average with the mirrored image')
+    return parser
+
+
+def main(args):
+    if args.predict:
+        return predict(args)
+
+    # --- Model and data -------------------------------------------------------------------------------------------
+    torch.manual_seed(args.seed)
+    settings, labels, window = settle(args)
+    train_source, val_source = masks.open_pairs(args, settings.sizes, labels, only_val=args.eval)
+    classes = val_source.classes
+    with as_input_error():
+        model = UperNet(**settings.sizes, num_classes=len(classes), drop_path=args.drop_path)
+    model.encoder.set_grad_checkpointing(args.grad_checkpointing)
+    origin = engine.initial_weights(args, model, settings, complete=args.eval)
+    val_samples = segmentation.PairSamples(val_source, segmentation.unchanged)
+    if args.eval:
+        return report(args, model, val_samples, settings, window, origin)
+    augment = segmentation.TrainTransform(window.size, window.scale)
+    samples = segmentation.PairSamples(train_source, augment, seed=args.seed)
+    drop_path = mix.PlacedDropPath(model, args.seed)
+
+    # --- Run: output folder, checkpoint to resume, processes, device ----------------------------------------------
+    schedule = make_schedule(args, len(train_source))
+    if distributed.choose_device(args.device).startswith(
+        'cuda'
+    ):  # BatchNorm over the total batch, on any number of GPUs
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    state = engine.start_run(args, schedule, model, settings, classes)
+    model.to(state.device)
+    loader = engine.training_loader(state, samples, settings)
+    val_loader = validation_loader(args, val_samples, settings, state.device)
+    groups = optim.param_groups(model, args.weight_decay, args.layer_decay)
+    fused = state.device.type in ('cuda', 'cpu')
+    optimizer = torch.optim.AdamW(groups, lr=schedule.lr, betas=args.betas, fused=fused)
+
+    # --- Train ----------------------------------------------------------------------------------------------------
+    def loss_fn(network, batch, place):
+        imgs, targets = segmentation.fill_padding(*batch)
+        drop_path.draw(len(imgs), place, state.device)
+        with state.autocast():
+            logits, aux_logits = network(imgs, resize=False)
+        return segmentation.segmentation_loss(logits.float(), aux_logits.float(), targets)
+
+    def draw():
+        rows = []
+        for index in range(0, len(val_source), max(1, len(val_source) // 6))[:6]:
+            with contextlib.suppress(ValueError):
+                image, mask = val_source[index]
+                predicted = segment_image(model, image, settings, window, state.device, state.autocast)
+                rows.append((visualize.as_rgb(image), mask, predicted))
+        return {'segmentation': visualize.segmentation_figure(rows, classes)}
+
+    def evaluate():
+        return evaluate_segmenter(model, val_loader, window, classes, state.autocast)
+
+    events = engine.Events(evaluate=evaluate, best='val_miou', draw=draw)
+    title = f'Segmentation into {len(classes)} classes; blocks {list(settings.sizes["levels"])}; {origin}'
+    engine.train(state, model, optimizer, loss_fn, loader, events, title)
+    if state.rank == 0:
+        print(
+            f'Best mIoU {state.record["best_miou"]:.2f} %. In {args.output_dir}: {checkpoint.LAST}, {checkpoint.BEST}, '
+            f'segmentation.png, log.jsonl, TensorBoard events\n'
+            f'  each class:  python main_segment.py --eval --data_path {args.data_path} --init_from '
+            f'{args.output_dir}/{checkpoint.BEST}\n'
+            f'  an image:    python main_segment.py --predict IMAGE --init_from {args.output_dir}/{checkpoint.BEST}'
+        )
+
+
+def settle(args):
+    """(Settings with the sizes of UperNet, Labels, Window): from flags, else the segmenter of --init_from, else usual.
+
+    Raises:
+        InputError: as weights.settle, or if --scale leaves images smaller than a crop.
+    """
+    settings = weights.settle(args)
+    state = weights.read_weights(args.init_from)[0] if args.init_from else {}
+    is_segmenter = 'classifier.1.weight' in state
+    flags = settings.flags if is_segmenter else argparse.Namespace()
+
+    def choose(name, usual):
+        chosen = getattr(args, name)
+        if chosen is None:
+            chosen = getattr(flags, name, None)
+        return usual if chosen is None else chosen
+
+    sizes = {name: settings.sizes[name] for name in weights.ENCODER}
+    heads = (state['classifier.1.weight'], state['aux_head.2.weight']) if is_segmenter else ()
+    channels, aux_channels = [weight.shape[1] for weight in heads] or (sizes['embed_dim'], None)
+    sizes['channels'] = args.channels or channels
+    sizes['aux_channels'] = args.aux_channels or aux_channels or min(256, sizes['channels'])
+    sizes['levels'] = tuple(choose('levels', default_levels(sizes['depth'])))
+    classes = None
+    if is_segmenter:
+        num_classes = len(heads[0])
+        numbers = masks.ADE20K if num_classes == len(masks.ADE20K) else list(map(str, range(num_classes)))
+        classes = settings.classes or numbers
+    labels = masks.Labels(
+        classes=list(map(str, range(args.num_classes))) if args.num_classes else None,
+        otherwise=classes,
+        ignore=choose('ignore_label', masks.IGNORE),
+        reduce_zero=choose('reduce_zero_label', False),
+    )
+    size = sizes['img_size']
+    window = segmentation.Window(
+        size=size,
+        stride=tuple(args.stride or (max(1, side * 2 // 3) for side in size)),
+        scale=tuple(choose('scale', (4 * min(size), min(size)))),
+        ratios=tuple(args.scales),
+        flip=args.flip,
+    )
+    long, short = sorted(window.scale, reverse=True)
+    if 2 * short < min(size) or 2 * long < max(size):
+        raise InputError(
+            f'--scale {long} {short}: even twice enlarged, images are smaller than a crop of {size[0]} x {size[1]}'
+        )
+    return dataclasses.replace(settings, sizes=sizes, classes=classes), labels, window
+
+
+def make_schedule(args, num_images):
+    """The schedule in steps, by --total_steps and --warmup_steps; the rate falls linearly. Raises InputError."""
+    schedule = engine.make_schedule(args, num_images, usual_batch=16)
+    steps = {'total_steps': args.total_steps, 'warmup_steps': args.warmup_steps}
+    if args.total_steps and args.warmup_steps is None and args.warmup_epochs is None:
+        steps['warmup_steps'] = args.total_steps // 10
+    given = {name: value for name, value in steps.items() if value is not None}
+    schedule = dataclasses.replace(schedule, decay='linear', warmup_from=1e-6, **given)
+    if schedule.warmup_steps > schedule.total_steps:
+        raise InputError(f'{schedule.warmup_steps} steps of warm-up are more than {schedule.total_steps} in all')
+    if schedule.accumulation > 1:
+        raise InputError(
+            f'--total_batch_size {schedule.total_batch_size} would be accumulated from {schedule.accumulation} parts, '
+            f'and BatchNorm would average over {schedule.batch_size} images only; use more GPUs, --grad_checkpointing, '
+            f'or --total_batch_size {schedule.batch_size * distributed.world()[1]}'
+        )
+    if schedule.batch_size < 2:
+        raise InputError('BatchNorm needs at least two images on a device: a larger --total_batch_size')
+    return schedule
+
+
+# --- Evaluation and prediction --------------------------------------------------------------------------------------
+
+
+def validation_loader(args, samples, settings, device):
+    """This process's share of whole images, one at a time, as their sizes differ; unreadable ones are left out."""
+    keys = data.fixed_batches(len(samples), 1, *distributed.world())
+    bad = data.BadImages(len(samples), args.max_bad, args.output_dir)
+    return data.Loader(samples, keys, device, (settings.mean, settings.std), args.num_workers, bad, leave_out=True)
+
+
+@torch.no_grad()
+def evaluate_segmenter(model, loader, window, classes, autocast):
+    """{'val_miou', 'val_macc', 'val_pixel_acc', 'val_iou/CLASS' ...} in percent, over the images of all processes.
+
+    Raises:
+        RunError: if more images are bad than --max_bad.
+    """
+    model.eval()
+    distributed.share_buffers(model)
+    confusion, count = torch.zeros(len(classes), len(classes), dtype=torch.int64), 0
+    for imgs, targets in loader:
+        with autocast():
+            predicted = segmentation.segment(model, imgs, window, targets.shape[-2:])
+        confusion += segmentation.confusion_matrix(predicted, targets, len(classes)).cpu()
+        count += len(imgs)
+    counts, confusions = zip(*distributed.gather((count, confusion)))
+    bad_images = loader.bad.num_images - sum(counts)
+    loader.bad.check(bad_images)
+    scores = segmentation.scores(sum(confusions))
+    metrics = {f'val_{name}': scores[name] for name in ('miou', 'macc', 'pixel_acc')}
+    metrics |= {f'val_iou/{name}': iou for name, iou in zip(classes, scores['iou'].tolist())}
+    return metrics | ({'val_bad_images': bad_images} if bad_images else {})
+
+
+def report(args, model, samples, settings, window, origin):
+    """--eval: evaluate, print a table, and add a line to log.jsonl."""
+    device = distributed.start(distributed.choose_device(args.device))
+    autocast, _ = distributed.mixed_precision(args.amp, device)
+    classes = samples.source.classes
+    loader = validation_loader(args, samples, settings, device)
+    metrics = evaluate_segmenter(model.to(device), loader, window, classes, autocast)
+    if distributed.world()[0] == 0:
+        print(origin)
+        for name in classes:
+            print(f'{name:>24} {metrics[f"val_iou/{name}"]:6.2f}')
+        bad = metrics.get('val_bad_images', 0)
+        print(
+            f'mIoU {metrics["val_miou"]:.2f} %  mean accuracy {metrics["val_macc"]:.2f} %  pixel accuracy '
+            f'{metrics["val_pixel_acc"]:.2f} %  on {len(samples) - bad} images'
+            + (f' ({bad} cannot be used)' if bad else '')
+        )
+        checkpoint.make_output_dir(args.output_dir)
+        with open(os.path.join(args.output_dir, 'log.jsonl'), 'a') as file:
+            finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            file.write(json.dumps({'eval': args.init_from, 'data_path': args.data_path, **finite}) + '\n')
+    distributed.stop()
+
+
+@torch.no_grad()
+def segment_image(model, image, settings, window, device, autocast):
+    """The class of every pixel of image (C, h, w), at its own size: (h, w) uint8 array."""
+    model.eval()
+    imgs = transforms.normalise(image[None].to(device), settings.mean, settings.std)
+    with autocast():
+        predicted = segmentation.segment(model, imgs, window, image.shape[-2:])
+    return predicted[0].to(torch.uint8).cpu().numpy()
+
+
+def predict(args):
+    """Write for each image NAME.png, the class of every pixel, and NAME_overlay.png, its colours over the image.
+
+    An image that cannot be read is reported, and the exit code is 1 at the end.
+    """
+    if not args.init_from:
+        raise InputError('--predict needs a segmenter: --init_from CHECKPOINT')
+    settings, _, window = settle(args)
+    if not settings.classes:
+        raise InputError(f'{args.init_from}: not a segmenter')
+    with as_input_error():
+        model = UperNet(**settings.sizes, num_classes=len(settings.classes))
+    print(weights.load_weights(model, args.init_from, complete=True))
+    device = distributed.start(distributed.choose_device(args.device), join=False)
+    autocast, _ = distributed.mixed_precision(args.amp, device)
+    model.to(device)
+    folder, failed, written = os.path.join(args.output_dir, 'predictions'), False, set()
+    checkpoint.make_output_dir(folder)
+    for path in images.expand(args.predict):
+        try:
+            image = images.read_given_image(path, settings.sizes['in_chans'], args.background)
+        except InputError as error:
+            print(error, file=sys.stderr)
+            failed = True
+            continue
+        predicted = segment_image(model, image, settings, window, device, autocast)
+        name = os.path.splitext(os.path.basename(path))[0]
+        while name in written:  # of the same name in another folder
+            name += '_'
+        written.add(name)
+        file = os.path.join(folder, name)
+        indexed = Image.fromarray(predicted)
+        indexed.putpalette(visualize.palette(len(settings.classes)).tobytes())
+        indexed.save(f'{file}.png')
+        visualize.overlay(visualize.as_rgb(image), predicted, settings.classes).save(f'{file}_overlay.png')
+        print(f'{path}  {file}.png  {file}_overlay.png')
+    if failed:
+        raise SystemExit(1)
+
+
+if __name__ == '__main__':
+    run(main, get_parser())
