@@ -24,6 +24,9 @@ from util.errors import InputError, RunError
 from util.transforms import normalise
 
 SLOW_DATA = 'The device waits for data for {share:.0%} of the time; docs/data.md says what helps'
+FLAT = 'one flat colour'  # a problem of an image that is used all the same
+MIN_BAD = 3  # images that may be bad in any data set, unless --max_bad is 0
+MAX_PREFETCH, PREFETCH_BYTES = 4, 2e9  # batches that a worker loads ahead, and what all of them may hold
 
 
 # --- Samples --------------------------------------------------------------------------------------------------
@@ -44,8 +47,9 @@ def seed_generators(*key, device=None):
 class Samples(torch.utils.data.Dataset):
     """(epoch, index) -> (transformed image (C, H, W), target, problem).
 
-    The target is the noise for the mask, (L,) in [0, 1), or without num_patches the label. The problem is '', or, where
-    the image could not be read and another took its place, a line of path, tab, reason for each that could not.
+    The target is the noise for the mask, (L,) in [0, 1), or without num_patches the label. The problem is '', or a line
+    of path, tab, reason for each image that could not be read until another took its place. With masks, an image of
+    one colour has a problem too, FLAT, but is used.
     """
 
     def __init__(self, source, transform, num_patches=None, seed=0):
@@ -61,6 +65,8 @@ class Samples(torch.utils.data.Dataset):
         if self.num_patches is None:
             return self.transform(image), label, problem
         noise = torch.rand(self.num_patches)  # first, so that masks are the same for every crop
+        if not problem and is_flat(image):
+            problem = describe(FLAT, self.source.path(index))
         return self.transform(image), noise, problem
 
     def read(self, epoch, index, tries=100):
@@ -77,13 +83,24 @@ class Samples(torch.utils.data.Dataset):
         raise RunError(f'{tries} images in a row cannot be read; {last}')
 
 
+def is_flat(image):
+    """Whether all pixels of an image (C, H, W) are the same."""
+    few = image[:, :: 1 + image.shape[1] // 8, :: 1 + image.shape[2] // 8]  # enough to tell for most
+    return all(bool((pixels == pixels[:, :1, :1]).all()) for pixels in (few, image))
+
+
 def describe(error, path):
     """A line of path, tab, reason, from the error of reading path."""
     return f'{path}\t{str(error).removeprefix(f"{path}: ")}'.replace('\n', ' ')
 
 
+def is_bad(problem):
+    """Whether the problem of a sample is that its image could not be read."""
+    return problem != '' and not problem.endswith(FLAT)
+
+
 class BadImages:
-    """Counts the images that cannot be read, and lists them in output_dir, each path once.
+    """Counts the images that cannot be read, and those that are flat, and lists both in output_dir, each path once.
 
     The list is bad_images.txt for rank 0 and bad_images-RANK.txt for other processes; later epochs and resumed runs
     add to it. Without output_dir there is none.
@@ -94,12 +111,14 @@ class BadImages:
         name = f'bad_images-{rank}.txt' if rank else 'bad_images.txt'
         self.num_images, self.max_bad = num_images, max_bad
         self.file = output_dir and os.path.join(output_dir, name)
-        self.count, self.lines = 0, {}  # by path
+        self.count, self.flat, self.lines = 0, 0, {}  # samples that were bad, or flat; lines by path
 
     def add(self, problems):
-        """Count the samples whose problem is not '', and list the paths that are new."""
+        """Count the samples that have a problem, and list the paths that are new."""
         problems = [problem for problem in problems if problem]
-        self.count += len(problems)
+        bad = sum(map(is_bad, problems))
+        self.count += bad
+        self.flat += len(problems) - bad
         lines = {line.split('\t')[0]: line for problem in problems for line in problem.split('\n')}
         new = lines.keys() - self.lines.keys()
         self.lines |= lines
@@ -114,8 +133,12 @@ class BadImages:
             print(f'{self.file}: {error.strerror}')
 
     def check(self, count):
-        """Stop all processes if count, the sum over them, is above the limit: rank 0 raises RunError, others exit."""
-        if count > self.max_bad * self.num_images or count == self.num_images:
+        """Stop all processes if count, the sum over them, is too high: rank 0 raises RunError, the others exit.
+
+        Allowed are the share max_bad of the images, but at least MIN_BAD, and never all.
+        """
+        allowed = max(MIN_BAD, self.max_bad * self.num_images) if self.max_bad else 0
+        if count > allowed or count == self.num_images:
             example = next(iter(self.lines.values()), '').replace('\t', ': ')
             where = f'see {self.file}' if self.file else example
             message = (
@@ -197,6 +220,9 @@ def split_batch(total, per_device, world_size):
 class Loader:
     """Batches on the device: (images (N, C, H, W) normalised float, noise or labels), loaded ahead by worker processes.
 
+    Each worker loads up to MAX_PREFETCH batches ahead, but all of a process together hold no more than PREFETCH_BYTES,
+    if one batch for each allows that.
+
     Args:
         batch_keys: an iterable of lists of (epoch, index).
         statistics: (mean, std) per channel, of pixels in 0..1.
@@ -209,11 +235,13 @@ class Loader:
         self.bad = bad or BadImages(len(samples), 1.0)
         self.mean, self.std = (torch.tensor(values, device=device) for values in statistics)
         num_workers = default_workers() if num_workers is None else num_workers
+        keys = next(iter(batch_keys), []) if num_workers else []
+        batch_bytes = samples[keys[0]][0].nbytes * len(keys) if keys else 1
         self.batches = torch.utils.data.DataLoader(
             samples,
             batch_sampler=batch_keys,
             pin_memory=device.type == 'cuda',
-            prefetch_factor=4 if num_workers else None,
+            prefetch_factor=prefetch_factor(num_workers, batch_bytes) if num_workers else None,
             **worker_options(num_workers),
         )
 
@@ -221,13 +249,18 @@ class Loader:
         non_blocking = self.device.type == 'cuda'  # on MPS it corrupts data before torch 2.13 (pytorch issue 189690)
         for images, targets, problems in start_workers(self.batches):
             self.bad.add(problems)
-            if self.leave_out and any(problems):
-                good = torch.tensor([not problem for problem in problems])
+            if self.leave_out and any(map(is_bad, problems)):
+                good = torch.tensor([not is_bad(problem) for problem in problems])
                 images, targets = images[good], targets[good]
             if len(images):
                 images = images.to(self.device, non_blocking=non_blocking)
                 targets = targets.to(self.device, non_blocking=non_blocking)
                 yield normalise(images, self.mean, self.std), targets
+
+
+def prefetch_factor(num_workers, batch_bytes):
+    """Batches of so many bytes that each worker may load ahead."""
+    return max(1, min(MAX_PREFETCH, int(PREFETCH_BYTES / (num_workers * batch_bytes))))
 
 
 def default_workers():
