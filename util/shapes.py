@@ -1,63 +1,49 @@
-"""An embedded data set: procedurally drawn, labelled shapes of any size, for the demo and the tests.
+"""An embedded data set: procedurally drawn, labelled pictures of any size, for the demo and the tests.
 
-Image i of a split is always the same picture: everything is drawn from a generator seeded by (split, i).
+Each shows a large shape, whose kind is the label, and a smaller one behind or before it, all of them textured. Picture
+i of a split is always the same: everything is drawn from a generator seeded by (split, i).
 """
 
 import numpy as np
 import torch
 
+CACHE_BYTES = 100e6  # of pictures kept by each process, as drawing one takes twice as long as cropping it
 
-def _box(x, y, half_width, half_height):
+
+def box(x, y, half_width, half_height):
     return np.maximum(abs(x) - half_width, abs(y) - half_height)
 
 
-def _polygon(x, y, sides):
+def polygon(x, y, sides):
     angles = 2 * np.pi * np.arange(sides) / sides
     return np.max([x * np.cos(a) + y * np.sin(a) for a in angles], axis=0) - np.cos(np.pi / sides)
 
 
 # (x, y, radius, angle) -> about the distance to the outline of a shape of radius one, negative inside
 SHAPES = {
-    'bar': lambda x, y, r, a: _box(x, y, 1, 0.3),
+    'bar': lambda x, y, r, a: box(x, y, 1, 0.3),
     'circle': lambda x, y, r, a: r - 0.9,
     'crescent': lambda x, y, r, a: np.maximum(r - 1, 0.8 - np.hypot(x - 0.5, y)),
-    'cross': lambda x, y, r, a: np.minimum(_box(x, y, 1, 0.3), _box(x, y, 0.3, 1)),
+    'cross': lambda x, y, r, a: np.minimum(box(x, y, 1, 0.3), box(x, y, 0.3, 1)),
     'flower': lambda x, y, r, a: r - 0.75 - 0.25 * np.cos(6 * a),
-    'hexagon': lambda x, y, r, a: _polygon(x, y, 6),
+    'hexagon': lambda x, y, r, a: polygon(x, y, 6),
     'ring': lambda x, y, r, a: abs(r - 0.75) - 0.22,
-    'square': lambda x, y, r, a: _box(x, y, 0.8, 0.8),
+    'square': lambda x, y, r, a: box(x, y, 0.8, 0.8),
     'star': lambda x, y, r, a: r - 0.65 - 0.4 * abs(np.mod(a * 5 / (2 * np.pi), 1) * 2 - 1) ** 1.5,
-    'triangle': lambda x, y, r, a: _polygon(x, y, 3),
+    'triangle': lambda x, y, r, a: polygon(x, y, 3),
 }
 
 
-def draw(label, rng, height, width):
-    """One picture: a light shape, turned and moved a little, before a dark background, uint8 (3, height, width)."""
-    y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing='ij')
-    scale, turn, centre = rng.uniform(0.65, 0.85), rng.uniform(-0.8, 0.8), rng.uniform(-0.15, 0.15, 2)
-    dx, dy = (x - centre[0]) / scale, (y - centre[1]) / scale
-    dx, dy = dx * np.cos(turn) + dy * np.sin(turn), dy * np.cos(turn) - dx * np.sin(turn)
-    distance = SHAPES[Shapes.classes[label]](dx, dy, np.hypot(dx, dy), np.arctan2(dy, dx))
-    alpha = np.clip(0.5 - distance * scale * min(height, width) / 2, 0, 1)  # one pixel of anti-aliasing
-
-    layers = []
-    for colour in (rng.uniform(0, 0.4, 3), rng.uniform(0.6, 1, 3)):  # each with a slight gradient in some direction
-        angle, slope = rng.uniform(0, 2 * np.pi), rng.uniform(-0.15, 0.15, 3)
-        along = x * np.cos(angle) + y * np.sin(angle)
-        layers.append(colour[:, None, None] + slope[:, None, None] * along)
-    image = layers[0] * (1 - alpha) + layers[1] * alpha
-    return (image.clip(0, 1) * 255).round().astype(np.uint8)
-
-
 class Shapes:
-    """length labelled images (uint8 (3, H, W), label in 0..9) of a split ('train' or 'val')."""
+    """length labelled pictures (uint8 (3, H, W), label in 0..9) of a split ('train' or 'val')."""
 
     classes = list(SHAPES)
 
     def __init__(self, split='train', size=(32, 32), length=None):
-        self.stream, self.size = ['train', 'val'].index(split), size
-        self.length = length or (2048, 400)[self.stream]
+        self.stream, self.size = ['train', 'val'].index(split), tuple(size)
+        self.length = length or (20_000, 2_000)[self.stream]
         self.labels = np.arange(self.length) % len(self.classes)
+        self.pictures = {}
 
     def __len__(self):
         return self.length
@@ -69,5 +55,50 @@ class Shapes:
         return f'drawn picture {index}'
 
     def __getitem__(self, index):
-        label = index % len(self.classes)
-        return torch.from_numpy(draw(label, np.random.default_rng((self.stream, index)), *self.size)), label
+        picture = self.pictures.get(index)
+        if picture is None:
+            picture = torch.from_numpy(self.draw(index)[0])
+            if len(self.pictures) * picture.nbytes < CACHE_BYTES:
+                self.pictures[index] = picture
+        return picture, int(self.labels[index])
+
+    def mask(self, index):
+        """uint8 (H, W): 1 + label where the large shape is seen, 0 elsewhere."""
+        return torch.from_numpy(self.draw(index)[1])
+
+    def draw(self, index):
+        """(picture uint8 (3, H, W), mask uint8 (H, W))."""
+        height, width = self.size
+        y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing='ij')
+        rng, label = np.random.default_rng((self.stream, index)), int(self.labels[index])
+        light = rng.random() < 0.5
+        image = texture(x, y, rng, 0.0, 0.4)
+        centre, scale = rng.uniform(-0.15, 0.15, 2), rng.uniform(0.6, 0.8)
+        large = outline(x, y, rng, label, centre, scale)
+        away, angle = rng.uniform(0.5, 0.8), rng.uniform(0, 2 * np.pi)
+        small_centre = away * np.array([np.cos(angle), np.sin(angle)])
+        small = outline(x, y, rng, rng.integers(len(SHAPES)), small_centre, rng.uniform(0.2, 0.3))
+        layers = [(large, texture(x, y, rng, 0.6, 1.0)), (small, texture(x, y, rng, 0.3, 0.8))]
+        in_front = rng.random() < 0.5
+        for alpha, pixels in layers if in_front else layers[::-1]:
+            image = image * (1 - alpha) + pixels * alpha
+        seen = (large > 0.5) & ~(in_front & (small > 0.5))
+        return (image.clip(0, 1) * 255).round().astype(np.uint8), (seen * (1 + label)).astype(np.uint8)
+
+
+def outline(x, y, rng, label, centre, scale):
+    """The coverage (H, W) in 0..1 of a shape that is turned a little, with one pixel of anti-aliasing."""
+    turn = rng.uniform(-0.8, 0.8)
+    dx, dy = (x - centre[0]) / scale, (y - centre[1]) / scale
+    dx, dy = dx * np.cos(turn) + dy * np.sin(turn), dy * np.cos(turn) - dx * np.sin(turn)
+    distance = SHAPES[Shapes.classes[label]](dx, dy, np.hypot(dx, dy), np.arctan2(dy, dx))
+    return np.clip(0.5 - distance * scale * min(x.shape) / 2, 0, 1)
+
+
+def texture(x, y, rng, low, high):
+    """Pixels (3, H, W): a colour whose channels are in low..high, with a slight gradient and stripes."""
+    colour, slope, depth = rng.uniform(low, high, 3), rng.uniform(-0.15, 0.15, 3), rng.uniform(-0.1, 0.1, 3)
+    angle, stripes, phase = rng.uniform(0, 2 * np.pi), rng.uniform(4, 12), rng.uniform(0, 2 * np.pi)
+    along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    waves = np.sin(stripes * across + phase)
+    return colour[:, None, None] + slope[:, None, None] * along + depth[:, None, None] * waves
