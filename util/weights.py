@@ -193,6 +193,8 @@ def convert_state_dict(state):
     MAE has none here; so is what is no parameter of the network.
     """
     state = inner_state(state)
+    if 'encoder.cls_token' in state:  # of models_upernet.UperNet, whose neck is not mmpretrain's
+        return state
     segmenter = any(name.startswith('decode_head.') for name in state)
     converted = {}
     for name, tensor in state.items():
