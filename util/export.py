@@ -50,9 +50,9 @@ def export(path, output_dir):
     Raises:
         InputError: if path is no such checkpoint, or output_dir cannot be written; then nothing is left there.
     """
-    file = weights.read_whole(path)
-    settings = weights.settings_of(file) if weights.is_ours(file.content) else None
-    if settings is None or 'encoder.cls_token' in file.state or settings.sizes['fuse_layers'] is None:
+    file = weights.read(path)
+    settings = weights.settings_of(file) if file.is_ours else None
+    if settings is None or file.is_segmenter or settings.sizes['fuse_layers'] is None:
         raise InputError(f'{path}: not a checkpoint of pre-training or a classifier of this project, as export needs')
     encoder = fold_batch_norm(
         {name: tensor for name, tensor in file.state.items() if weights.part_of(name) not in ('decoder', 'fusion')}
