@@ -87,8 +87,10 @@ def test_training_mode_gives_both_logits_at_the_size_of_the_images():
     assert logits.shape == aux_logits.shape == (len(IMGS), CONFIG['classes'], *CONFIG['img'])
 
 
-def test_loss_in_pieces_is_the_loss_at_once():
+@pytest.mark.parametrize('images', [1, 2, 100])
+def test_loss_in_pieces_is_the_loss_at_once(images, monkeypatch):
     """So is its gradient; and ignored pixels count in the denominator."""
+    monkeypatch.setattr(segmentation, 'CHUNK_BYTES', images * 4 * 5 * 24 * 32)
     logits = torch.randn(3, 5, 6, 8, dtype=torch.float64, requires_grad=True)
     target = torch.randint(0, 5, (3, 24, 32)).masked_fill(torch.rand(3, 24, 32) < 0.3, masks.IGNORE)
     full = interpolate(logits, (24, 32), mode='bilinear', align_corners=False).log_softmax(1)

@@ -17,6 +17,7 @@ from util.masks import IGNORE
 
 PADDING = -1  # what a transformed mask holds beside the image
 AUX_WEIGHT = 0.4
+CHUNK_BYTES = 256e6  # of enlarged logits at a time
 
 
 class PairSamples(data.Samples):
@@ -143,14 +144,15 @@ def segmentation_loss(logits, aux_logits, masks):
 def pixel_loss(logits, masks):
     """Cross entropy of the enlarged logits, divided by ALL pixels, ignored ones included, as the reference does.
 
-    One image at a time, and the backward pass enlarges again: 150 classes at 512 x 512 take 157 MB an image, which
-    would be kept several times for the whole batch.
+    A few images at a time, whose enlarged logits the backward pass computes again: those of 150 classes at 512 x 512
+    take 157 MB an image, and would be kept several times for the whole batch.
     """
+    count = max(1, int(CHUNK_BYTES / (4 * logits.shape[1] * masks[0].numel())))
     losses = [
-        checkpoint(loss_sum, image[None], mask[None], use_reentrant=False, preserve_rng_state=False)
-        for image, mask in zip(logits, masks)
+        checkpoint(loss_sum, *chunk, use_reentrant=False, preserve_rng_state=False)
+        for chunk in zip(logits.split(count), masks.split(count))
     ]
-    return torch.stack(losses).sum() / masks.numel()
+    return sum(losses) / masks.numel()
 
 
 def loss_sum(logits, masks):
