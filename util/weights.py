@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import resample_abs_pos_embed
+from timm.layers import PatchEmbed, resample_abs_pos_embed
 
 from models_mff import (
     MODELS,
@@ -306,7 +306,7 @@ def load(model, weights, complete):
     check_size(weights, our_sides)
     state, notes = weights.state, []
     if not weights.is_segmenter:
-        state, notes = fit(weights, getattr(model, 'encoder', model).patch_embed)
+        state, notes = fit(weights, next(part for part in model.modules() if isinstance(part, PatchEmbed)))
         if 'encoder.cls_token' in ours:
             state = into_beit(state)
 
@@ -343,6 +343,7 @@ def load(model, weights, complete):
 
 def standard_name(name, model):
     """The name that convert_state_dict gives to a model's parameter: a probe may hold its BatchNorm in two places."""
+    name = name.removeprefix('backbone.')  # of main_linprobe.LinearProbe
     if isinstance(getattr(model, 'fc_norm', None), torch.nn.BatchNorm1d):
         name = re.sub(r'^fc_norm\.', 'bn.', name)
     if isinstance(getattr(model, 'head', None), torch.nn.Sequential):
