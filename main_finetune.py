@@ -136,7 +136,7 @@ def predict(args):
     crop_pct = args.crop_pct or getattr(settings.flags, 'crop_pct', None) or 0.875
     transform = transforms.centre_transform(model.patch_embed.img_size, crop_pct, transforms.BICUBIC)
     failed = False
-    for path in images.expand(args.predict):
+    for path in sources.image_paths(args.predict):
         try:
             image = images.read_given_image(path, settings.sizes['in_chans'], args.background)
         except InputError as error:

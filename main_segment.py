@@ -283,7 +283,7 @@ def predict(args):
     model.to(device)
     folder, failed, written = os.path.join(args.output_dir, 'predictions'), False, set()
     checkpoint.make_output_dir(folder)
-    for path in images.expand(args.predict):
+    for path in sources.image_paths(args.predict):
         try:
             image = images.read_given_image(path, settings.sizes['in_chans'], args.background)
         except InputError as error:

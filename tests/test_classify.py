@@ -1,7 +1,6 @@
 """Fine-tuning and probing: against the reference's tensors, formulas and libraries, and as whole runs."""
 
 import json
-import math
 import re
 from pathlib import Path
 
@@ -14,10 +13,10 @@ from torchvision.transforms import v2
 
 import main_finetune
 import main_linprobe
-from models_mff import create_encoder
-from util import data, transforms
-from util.checkpoint import convert_state_dict
+from models_mff import MODELS, create_encoder, model_sizes
+from util import data, mix, transforms
 from util.optim import param_groups
+from util.weights import convert_state_dict
 
 
 @pytest.fixture(scope='module')
@@ -85,28 +84,13 @@ def test_lars_is_the_formula():
 
 
 def test_head_and_drop_path():
-    model = create_encoder('vit_base_patch16', drop_path=0.1)
+    model = create_encoder(MODELS['vit_base_patch16'] | {'in_chans': 3}, drop_path=0.1)
     rates = [getattr(block.drop_path1, 'drop_prob', 0.0) for block in model.blocks]
     assert rates == pytest.approx([0.1 * i / 11 for i in range(12)])
     main_finetune.give_head(model, 1000)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(86.57e6, rel=1e-4)
     assert model.head.weight.std().item() == pytest.approx(2e-5, rel=0.02) and (model.head.bias == 0).all()
     assert model.head.weight.abs().max() < 2
-
-
-def test_nearest_neighbours_by_hand():
-    rng = np.random.default_rng(0)
-    bank, labels = rng.normal(size=(60, 8)), rng.integers(0, 4, 60)
-    queries = rng.normal(size=(30, 8))
-    expected = []
-    for query in queries:
-        cosine = [query @ row / np.linalg.norm(query) / np.linalg.norm(row) for row in bank]
-        votes = dict.fromkeys(range(4), 0.0)
-        for index in sorted(range(60), key=lambda i: -cosine[i])[:7]:
-            votes[labels[index]] += math.exp(cosine[index] / 0.07)
-        expected.append(max(votes, key=votes.get))
-    tensors = torch.tensor(bank), torch.tensor(labels), torch.tensor(queries)
-    assert main_linprobe.nearest_neighbours(*tensors, 7, 4).tolist() == expected
 
 
 # --- Transforms -------------------------------------------------------------------------------------------------
@@ -182,10 +166,50 @@ def test_workers_and_interruptions_change_nothing(job, request, kill_after_savin
         assert torch.equal(tensor, resumed.checkpoint['model'][name]), name
 
 
+def test_the_batch_on_a_device_changes_nothing(finetune):
+    """Mixup, CutMix and drop path are drawn by an image's place in the total batch."""
+    losses = [finetune(f'batch{n}', *STRONG, '--batch_size', str(n)).losses for n in (16, 8, 4)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] == pytest.approx(losses[2], rel=1e-5)
+    assert losses[0] != finetune('without', '--mixup', '0', '--cutmix', '0').losses
+
+
+def test_mixing_is_timms_on_every_pair():
+    imgs, labels = torch.rand(6, 3, 8, 8), torch.tensor([0, 1, 2, 3, 4, 0])
+    mixing = mix.Mix(0.8, 1.0, 0.1, num_classes=5, seed=3)
+    ours, targets = mixing(imgs.clone(), labels, (7, 4))
+    again, _ = mixing(imgs[2:].clone(), labels[2:], (7, 6))
+    assert torch.equal(again, ours[2:])
+    for i in (0, 2, 4):  # each image is a mixture of its own and its neighbour's pixels, with the weights of its target
+        share = ((targets[i, labels[i]] - 0.02) / 0.9).item()
+        assert targets[i].sum().item() == pytest.approx(1)
+        assert targets[i, labels[i + 1]].item() == pytest.approx(0.9 * (1 - share) + 0.02, abs=1e-6)
+        kept = (ours[i] == imgs[i]).all(0)
+        cut = (ours[i] == imgs[i + 1]).all(0)[~kept].all() and kept.float().mean().item() == pytest.approx(share)
+        assert cut or torch.allclose(ours[i], share * imgs[i] + (1 - share) * imgs[i + 1], atol=1e-6)
+
+
+def test_drop_path_is_drawn_for_each_image():
+    model = create_encoder(model_sizes('vit_nano_patch4'), drop_path=0.5)
+    paths = mix.PlacedDropPath(model, seed=1)
+    assert [path.drop_prob for path in paths.paths] == pytest.approx([p / 3 * 0.5 for p in (1, 2, 3) for _ in (1, 2)])
+    paths.draw(20000, (0, 0), torch.device('cpu'))
+    for path in paths.paths:
+        assert sorted(path.scale.unique().tolist()) == pytest.approx([0, 1 / (1 - path.drop_prob)])
+        assert path.scale.mean().item() == pytest.approx(1, abs=0.03)
+    whole = paths.paths[0].scale
+    paths.draw(100, (0, 700), torch.device('cpu'))
+    assert torch.equal(paths.paths[0].scale, whole[700:800])
+    paths.draw(100, (1, 700), torch.device('cpu'))
+    assert not torch.equal(paths.paths[0].scale, whole[700:800])
+    x = torch.ones(100, 2, 3)
+    assert torch.equal(paths.paths[0].train()(x)[:, 1, 2], paths.paths[0].scale)
+    assert torch.equal(paths.paths[0].eval()(x), x)
+
+
 @pytest.mark.parametrize('job', ['finetune', 'linprobe'])
 def test_processes_change_nothing(job, request, small_run, tmp_path, capsys):
     """Two processes train as one does, and evaluate each of 20 images once (20 is no multiple of 2 x 8)."""
-    defaults = ['--model', 'vit_tiny_patch4', '--batch_size', '8', *(STRONG if job == 'finetune' else ['--lr', '0.5'])]
+    defaults = ['--model', 'vit_nano_patch4', '--batch_size', '8', *(STRONG if job == 'finetune' else ['--lr', '0.5'])]
     start = request.getfixturevalue(job)
     alone = start('alone', *defaults)
     done = command(f'main_{job}.py', *small_run('two', *defaults), torchrun=2)
@@ -213,7 +237,9 @@ def test_probe_trains_the_head_only(linprobe):
 
 
 def test_probes_backbone_is_in_eval_mode():
-    model = main_linprobe.LinearProbe(create_encoder('vit_tiny_patch4', global_pool='token', drop_path=0.5), 10).train()
+    model = main_linprobe.LinearProbe(
+        create_encoder(model_sizes('vit_nano_patch4'), 'token', drop_path=0.5), 10
+    ).train()
     imgs = torch.randn(4, 3, 32, 32)
     assert model.bn.training and not any(module.training for module in model.backbone.modules())
     assert torch.equal(model.backbone(imgs), model.backbone(imgs))
@@ -258,11 +284,11 @@ def test_pretrained_to_everything(pretrain, finetune, linprobe, folder, capsys, 
 @pytest.mark.parametrize(
     'flags, message',
     [
-        (['--data_path', '{flat}', '--val_path', '{flat}'], 'labels are missing'),
+        (['--data_path', '{flat}', '--val_path', '{flat}'], 'no labels'),
         (['--data_path', '{one}', '--val_path', '{one}'], 'only one class, bar'),
         (['--val_path', '{one}'], 'the classes differ: circle, crescent'),
         (['--data_path', '{one}'], 'no val/ or test/ beside its train/'),
-        (['--model', 'mff_vit_tiny_patch4'], 'no model'),
+        (['--model', 'vit_giant'], 'no model'),
         (['--batch_size', '1'], 'must be even'),
         (['--eval'], '--eval needs the weights'),
         (['--predict', 'image.png'], '--predict needs a fine-tuned checkpoint'),

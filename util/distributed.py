@@ -59,6 +59,13 @@ def start(name, join=True):
         RunError: if the processes cannot connect.
     """
     torch.set_float32_matmul_precision('high')  # TF32 where the device has it
+    restarts, shares_store = (os.environ.get(f'TORCHELASTIC_{name}') for name in ('MAX_RESTARTS', 'USE_AGENT_STORE'))
+    if restarts not in (None, '0') and shares_store == 'True':
+        # Restarted processes would find the addresses of those before them (github.com/pytorch/pytorch/issues/135712).
+        raise InputError(
+            'torchrun --max_restarts fails at the restart unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is set for '
+            'torchrun, and with static rendezvous always; use --rdzv_backend=c10d or --standalone'
+        )
     if join and world()[1] > 1:
         join_group(name)
     if name == 'cuda':  # a task may see fewer devices than there are tasks: srun --gpus-per-task
@@ -72,13 +79,6 @@ def start(name, join=True):
 def join_group(name):
     """Meet the other processes at MASTER_ADDR:MASTER_PORT, which torchrun sets."""
     rank, (world_size, variable) = world()[0], from_launcher(WORLD_SIZE, 1)
-    torchrun = {name: os.environ.get(f'TORCHELASTIC_{name}') for name in ('MAX_RESTARTS', 'USE_AGENT_STORE')}
-    if torchrun['MAX_RESTARTS'] not in (None, '0') and torchrun['USE_AGENT_STORE'] == 'True':
-        # Restarted processes would find the addresses of those before them (github.com/pytorch/pytorch/issues/135712).
-        raise InputError(
-            'torchrun --max_restarts fails at the restart unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is set for '
-            'torchrun, and with static rendezvous always; use --rdzv_backend=c10d or --standalone'
-        )
     missing = [variable for variable in ('MASTER_ADDR', 'MASTER_PORT') if variable not in os.environ]
     if missing:
         raise InputError(

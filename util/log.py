@@ -64,9 +64,9 @@ class Log:
 
     def advance(self):
         """One optimiser step is done."""
+        self.steps_done += 1
         if not self.enabled:
             return
-        self.steps_done += 1
         self.bar.update()
         if self.bar.disable and self.steps_done == self.start_step + 5 < self.total_steps:
             self.say(f'about {self.eta()} to go, as far as 5 steps can tell')
@@ -132,7 +132,7 @@ def tensorboard_tag(name):
 
 def is_before(entry, step):
     """Whether a log entry holds for a run that resumes from `step`; an epoch that ends there is evaluated again."""
-    return 0 < entry.get('step', 0) < step or (entry.get('step') == step and 'loss' in entry)
+    return 0 <= entry.get('step', -1) < step or (entry.get('step') == step and 'loss' in entry)
 
 
 def read(path):
@@ -224,7 +224,7 @@ class Meter:
         first, schedule = self.skipped[0], self.run.schedule
         total, seed = schedule.total_batch_size, self.run.args.seed
         (keys,) = data.BatchStream(schedule.num_images, total, total, seed, first, first + 1)
-        images = [self.loader.source.path(index) for _, index in keys[:4]]
+        images = [self.loader.batches.dataset.source.path(index) for _, index in keys[:4]]
         raise FloatingPointError(
             f'{len(self.skipped)} updates in a row, steps {first + 1} to {self.skipped[-1] + 1}, were skipped because '
             f'the loss or its gradient was not finite (loss scale {self.run.scaler.get_scale():g}); the weights are '

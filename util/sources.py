@@ -312,6 +312,19 @@ def find_files(root, extensions):
     return sorted(names)
 
 
+def image_paths(paths):
+    """Paths that a user typed -> paths of images: a folder stands for the images in it and below. Raises InputError."""
+    found = []
+    for path in paths:
+        if os.path.isdir(path):
+            found += [os.path.join(path, os.fsdecode(name)) for name in find_files(path, EXTENSIONS)]
+        else:
+            found.append(path)
+    if not found:
+        raise InputError(f'no images in {", ".join(paths)}')
+    return found
+
+
 def is_folder(entry):
     try:
         return entry.is_dir()
