@@ -1,357 +1,43 @@
-"""Reading, listing, transforms, and which samples a process sees."""
+"""Which samples a process sees, what is drawn for each, and the loader."""
 
-import gzip
-import io
 import os
-import re
-import shutil
-import struct
-import time
+import random
+import subprocess
+import sys
 from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torchvision.transforms import v2
 
-from util import data, files, transforms
-from util.args import InputError
+from util import data, distributed, transforms
+from util.errors import InputError, RunError
 from util.shapes import Shapes
 
+CPU = torch.device('cpu')
+STATISTICS = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 
-@pytest.fixture
-def picture():
-    """A smooth RGB picture, uint8 (30, 40, 3)."""
-    y, x = np.mgrid[0:30, 0:40]
-    return np.stack([x * 6, y * 8, (x + y) * 3], -1).astype(np.uint8)
 
+class Source:
+    """n images of one colour that is their number, some of which cannot be read."""
 
-# --- Formats: every file gives the picture, as PIL shows it -----------------------------------------------------
+    classes = labels = None
 
+    def __init__(self, n, bad=()):
+        self.n, self.bad = n, set(bad)
 
-@pytest.mark.parametrize('suffix', ['jpg', 'JPEG', 'png', 'webp', 'bmp', 'tif', 'ppm'])
-def test_rgb_files(picture, tmp_path, suffix):
-    path = tmp_path / f'image.{suffix}'
-    Image.fromarray(picture).save(path)
-    image = transforms.read_image(str(path))
-    assert image.dtype == torch.uint8
-    assert torch.equal(image, torch.from_numpy(np.array(Image.open(path).convert('RGB'))).permute(2, 0, 1))
+    def __len__(self):
+        return self.n
 
+    def path(self, index):
+        return f'images/{index}.png'
 
-@pytest.mark.parametrize('mode', ['L', 'P', 'RGBA', 'LA', 'CMYK', '1', 'YCbCr'])
-def test_modes_become_rgb(picture, tmp_path, mode):
-    path = tmp_path / ('image.jpg' if mode in ('CMYK', 'YCbCr') else 'image.png')
-    Image.fromarray(picture).convert('RGB').convert(mode).save(
-        path, **({'quality': 100} if path.suffix == '.jpg' else {})
-    )
-    image = transforms.read_image(str(path)).permute(1, 2, 0).numpy().astype(int)
-    shown = np.array(Image.open(path).convert('RGB')).astype(int)
-    assert abs(image - shown).max() <= 1
-    assert transforms.read_image(str(path), in_chans=1).shape == (1, 30, 40)
-
-
-@pytest.mark.parametrize('suffix', ['png', 'tif'])
-def test_16_bits_keep_their_brightness(tmp_path, suffix):
-    pixels = np.linspace(0, 65535, 30 * 40).reshape(30, 40).astype(np.uint16)
-    Image.fromarray(pixels).save(tmp_path / f'image.{suffix}')
-    image = transforms.read_image(str(tmp_path / f'image.{suffix}'))
-    assert image.shape == (3, 30, 40)
-    assert np.abs(image[0].numpy() - pixels / 257).max() <= 0.5
-
-
-def test_jpeg_decoders_agree(picture, tmp_path, monkeypatch):
-    Image.fromarray(picture).save(tmp_path / 'image.jpg')
-    fast = transforms.read_image(str(tmp_path / 'image.jpg'))
-    monkeypatch.setattr(transforms, 'decode_jpeg', None)
-    assert torch.equal(fast, transforms.read_image(str(tmp_path / 'image.jpg')))
-
-
-@pytest.mark.parametrize('suffix', ['jpg', 'png'])
-def test_exif_orientation(picture, tmp_path, suffix):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: show rotated by 270 degrees
-    Image.fromarray(picture).save(tmp_path / f'image.{suffix}', exif=exif)
-    upright = Image.open(tmp_path / f'image.{suffix}').convert('RGB').transpose(Image.Transpose.ROTATE_270)
-    image = transforms.read_image(str(tmp_path / f'image.{suffix}'))
-    assert torch.equal(image, v2.functional.pil_to_tensor(upright))
-
-
-@pytest.mark.parametrize('dtype, scale', [(np.uint8, 1), (np.uint16, 65535), (np.float32, 1)])
-def test_arrays_of_other_channel_counts(tmp_path, dtype, scale):
-    array = (np.random.default_rng(0).uniform(0, 1, (9, 7, 5)) * (255 if dtype == np.uint8 else scale)).astype(dtype)
-    np.save(tmp_path / 'image.npy', array)
-    image = transforms.read_image(str(tmp_path / 'image.npy'), in_chans=5)
-    assert image.dtype == (torch.uint8 if dtype == np.uint8 else torch.float32)
-    assert np.allclose(image.permute(1, 2, 0).numpy(), array / scale)
-    with pytest.raises(ValueError, match=r'\(9, 7, 5\) is not \(H, W, 3\)'):
-        transforms.read_image(str(tmp_path / 'image.npy'))
-
-
-@pytest.mark.parametrize('content', [b'', b'text', b'\xff\xd8\xff\xe0 cut off', b'\x89PNG\r\n\x1a\n cut off'])
-def test_broken_files_raise_one_kind_of_error(tmp_path, content):
-    for suffix in ('jpg', 'png', 'npy'):
-        (tmp_path / f'image.{suffix}').write_bytes(content)
-        with pytest.raises((OSError, ValueError)):
-            transforms.read_image(str(tmp_path / f'image.{suffix}'))
-
-
-# --- Sources ----------------------------------------------------------------------------------------------------
-
-
-def touch(root, *names):
-    buffer = io.BytesIO()
-    Image.new('RGB', (8, 8)).save(buffer, 'png')
-    for name in names:
-        path = os.path.join(root, name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, 'wb') as file:
-            file.write(buffer.getvalue())
-
-
-def names(source):
-    return [os.fsdecode(name) for name in source.names]
-
-
-def test_flat_nested_and_class_folders(tmp_path):
-    touch(tmp_path, 'b.png', 'a.JPG', 'deep/er/c.png', '.hidden.png', '.cache/d.png')
-    (tmp_path / 'notes.txt').write_text('not an image')
-    os.symlink(tmp_path, tmp_path / 'deep/loop')
-    source = data.open_source(str(tmp_path), 'train')
-    assert names(source) == ['a.JPG', 'b.png', 'deep/er/c.png']
-    assert source[0][0].shape == (3, 8, 8)
-    assert data.open_source(str(tmp_path), 'val') is None
-
-
-@pytest.mark.parametrize('held_out', ['val', 'valid', 'validation', 'test'])
-def test_train_and_val_folders(tmp_path, held_out):
-    touch(tmp_path, 'train/x/1.png', 'train/y/2.png', f'{held_out}/x/3.png')
-    assert names(data.open_source(str(tmp_path), 'train')) == ['x/1.png', 'y/2.png']
-    assert names(data.open_source(str(tmp_path), 'val')) == ['x/3.png']
-
-
-def test_a_class_may_be_called_train(tmp_path):
-    touch(tmp_path, 'train/1.png', 'bus/2.png')
-    assert names(data.open_source(str(tmp_path), 'train')) == ['bus/2.png', 'train/1.png']
-
-
-def test_names_that_are_not_utf8(tmp_path):
-    touch(tmp_path, os.fsdecode(b'caf\xe9.png'))
-    assert data.open_source(str(tmp_path), 'train')[0][0].shape == (3, 8, 8)
-
-
-def listed(root):
-    """What os.walk finds: links are followed, but not into a folder that they are in."""
-    found = []
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        above = [os.path.realpath(folder)]
-        parent = folder
-        while parent != str(root):
-            parent = os.path.dirname(parent)
-            above.append(os.path.realpath(parent))
-        subfolders[:] = [
-            name for name in subfolders if name[0] != '.' and os.path.realpath(os.path.join(folder, name)) not in above
-        ]
-        found += [
-            os.path.relpath(os.path.join(folder, name), root)
-            for name in names
-            if name[0] != '.' and name.lower().endswith(data.EXTENSIONS)
-        ]
-    return sorted(map(os.fsencode, found))
-
-
-@pytest.fixture
-def tangle(tmp_path):
-    """Folders with links to files and folders, links that lead back, to themselves and nowhere, and odd names."""
-    root = tmp_path / 'tangle'
-    touch(root, 'a/1.png', 'a/deep/er/2.JPG', 'a-b/3.png', 'a.b/4.png', '.hidden/5.png', 'b/.6.png', 'é/7.png')
-    touch(root, os.fsdecode(b'caf\xe9/8.png'), 'with space/new\nline.png', 'b/notes.txt', 'folder.png/9.png', '1.png')
-    touch(tmp_path / 'elsewhere', 'x/10.png', '11.png')
-    (root / 'empty').mkdir()
-    for link, target in {
-        'a/deep/loop': root,
-        'b/to_a': root / 'a',
-        'a/to_b': root / 'b',  # there and back again
-        'out': tmp_path / 'elsewhere',
-        'out_again': tmp_path / 'elsewhere',
-        'linked.png': root / '1.png',
-        'self.png': root / 'self.png',
-        'nowhere.png': root / 'nothing',
-    }.items():
-        os.symlink(target, root / link)
-    return root
-
-
-def test_listing_is_that_of_os_walk(tangle):
-    found = files.find(str(tangle), data.EXTENSIONS, 'none')
-    assert found.dtype.kind == 'S' and found.tolist() == listed(tangle)
-    assert {b'b/to_a/deep/er/2.JPG', b'out_again/x/10.png', b'caf\xe9/8.png', b'nowhere.png'} <= set(found.tolist())
-    assert not os.path.exists('none')  # quick to list, so not kept
-
-
-@pytest.fixture
-def searches(monkeypatch):
-    """Every listing is kept, and the folders that are searched are counted."""
-    calls, search = [], files.search
-    monkeypatch.setattr(files, 'KEEP_FROM', -1)
-    monkeypatch.setattr(files, 'search', lambda *arguments: calls.append(arguments) or search(*arguments))
-    return calls
-
-
-CHANGES = {
-    'nothing': lambda root: (root / 'a/1.png').write_bytes(b'other content'),
-    'a new file': lambda root: (root / 'a/deep/er/new.png').touch(),
-    'a file less': lambda root: (root / 'a-b/3.png').unlink(),
-    'a renamed file': lambda root: (root / '1.png').rename(root / '2.png'),
-    'a moved file': lambda root: (root / '1.png').rename(root / 'empty/1.png'),
-    'a new folder': lambda root: touch(root, 'new/1.png'),
-    'a folder less': lambda root: shutil.rmtree(root / 'a/deep'),
-    'a renamed folder': lambda root: (root / 'a.b').rename(root / 'a.c'),
-    'in a folder elsewhere': lambda root: (root / 'out/x/new.png').touch(),
-    'a link elsewhere': lambda root: ((root / 'out').unlink(), (root / 'out').symlink_to(root / 'a')),
-    'an exchanged folder': lambda root: (
-        (root / 'a.b').rename(root.parent / 'old'),
-        touch(root, 'a.b/new.png'),
-        [os.utime(root / name, ns=(0, (root.parent / 'old').stat().st_mtime_ns)) for name in ['a.b']],
-    ),
-}
-
-
-@pytest.mark.parametrize('change', CHANGES)
-def test_a_kept_listing_holds_until_a_folder_changes(change, tangle, tmp_path, searches, monkeypatch):
-    monkeypatch.setattr(files, 'SETTLED', -1)
-
-    def found():
-        return files.find(str(tangle), data.EXTENSIONS, str(tmp_path / 'cache')).tolist()
-
-    assert [found(), found()] == [listed(tangle)] * 2 and len(searches) == 1
-    time.sleep(0.02)  # file systems give times in ticks
-    CHANGES[change](tangle)
-    assert [found(), found()] == [listed(tangle)] * 2 and len(searches) == (1 if change == 'nothing' else 2)
-    (kept,) = (tmp_path / 'cache').iterdir()
-    kept.write_bytes(kept.read_bytes()[:-100])  # killed while writing
-    assert found() == listed(tangle) and len(searches) == (2 if change == 'nothing' else 3)
-
-
-def test_a_listing_of_folders_that_just_changed_is_not_believed(tangle, tmp_path, searches):
-    """A change in the same tick of the clock would not show."""
-    for count in (1, 2, 3, 3):
-        if count == len(searches) + 1 == 3:
-            for folder, _, _ in os.walk(tmp_path):
-                os.utime(folder, (0, time.time() - 60))
-        found = files.find(str(tangle), data.EXTENSIONS, str(tmp_path / 'cache'))
-        assert found.tolist() == listed(tangle) and len(searches) == count
-
-
-def test_another_folder_and_other_files_have_another_index(tangle, tmp_path, searches):
-    for root in (tangle, tangle / 'a'):
-        for extensions in (data.EXTENSIONS, ('.txt',)):
-            expected = [name for name in listed(root) if extensions == data.EXTENSIONS]
-            for _ in range(2):
-                found = files.find(str(root), extensions, str(tmp_path)).tolist()
-                assert [name for name in found if not name.endswith(b'notes.txt')] == expected
-    assert len(list(tmp_path.glob('folder-index-*.npz'))) == 4
-
-
-def test_memory_is_arrays_only(folder):
-    """What grows with the number of images are NumPy arrays, which forked workers share."""
-    source = data.open_source(str(folder), 'train')
-    held = {name: value for name, value in vars(source).items() if hasattr(value, '__len__') and len(value) >= 64}
-    assert {name for name in held if name != 'root'} == {'names', 'labels'}
-    assert all(value.dtype.kind in 'Si' for name, value in held.items() if name != 'root')
-
-
-def test_list_of_images(tmp_path):
-    touch(tmp_path, 'images/1.png', 'elsewhere/2 with space.png')
-    (tmp_path / 'list.txt').write_text(f'# two images\nimages/1.png\n\n{tmp_path}/elsewhere/2 with space.png\n')
-    source = data.open_source(str(tmp_path / 'list.txt'), 'train')
-    assert len(source) == 2 and source[1][0].shape == (3, 8, 8)
-
-
-def test_val_path_is_taken_whole(tmp_path):
-    touch(tmp_path, 'a/1.png', 'a/2.png', 'b/3.png')
-    args = Namespace(data_path=str(tmp_path / 'a'), val_path=str(tmp_path / 'b'), in_chans=3, download_dir='none')
-    train, val = data.open_sources(args, (8, 8))
-    assert names(train) == ['1.png', '2.png'] and names(val) == ['3.png']
-
-
-def test_torchvision_sets(tmp_path):
-    """A Fashion-MNIST of three images in torchvision's own files, greyscale or RGB."""
-    pixels = np.arange(3 * 28 * 28, dtype=np.uint32).reshape(3, 28, 28).astype(np.uint8)
-    raw = tmp_path / 'FashionMNIST/raw'
-    raw.mkdir(parents=True)
-    for part in ('train', 't10k'):
-        (raw / f'{part}-images-idx3-ubyte').write_bytes(struct.pack('>4i', 2051, 3, 28, 28) + pixels.tobytes())
-        (raw / f'{part}-labels-idx1-ubyte').write_bytes(struct.pack('>2i', 2049, 3) + bytes([7, 0, 9]))
-        for name in ('images-idx3', 'labels-idx1'):  # as downloaded
-            (raw / f'{part}-{name}-ubyte.gz').write_bytes(gzip.compress((raw / f'{part}-{name}-ubyte').read_bytes()))
-    for split in ('train', 'val'):
-        for in_chans in (1, 3):
-            source = data.open_source('torch/fashion_mnist', split, in_chans, download_dir=str(tmp_path))
-            image, label = source[2]
-            assert len(source) == 3 and label == 9
-            assert np.array_equal(image.numpy(), np.repeat(pixels[2:], in_chans, 0))
-
-
-@pytest.mark.parametrize(
-    'name', ['cifar10', 'cifar100', 'stl10', 'flowers102', 'fashion_mnist', 'oxford_iiit_pet', 'food101']
-)
-def test_missing_torchvision_sets_say_so(name, tmp_path, monkeypatch):
-    from urllib.error import URLError
-    from urllib.request import OpenerDirector
-
-    def no_network(*args, **kwargs):
-        raise URLError('no network')
-
-    monkeypatch.setattr(OpenerDirector, 'open', no_network)
-    with pytest.raises(InputError, match=f'torch/{name}: not found in .* the download failed: .*no network'):
-        data.open_source(f'torch/{name}', 'train', download_dir=str(tmp_path))
-
-
-def test_drawn_images_are_fixed_by_their_index():
-    first, second = Shapes('train', (24, 40)), Shapes('train', (24, 40))
-    for index in (0, 7, 2047):
-        image, label = first[index]
-        assert image.shape == (3, 24, 40) and image.dtype == torch.uint8
-        assert torch.equal(image, second[index][0]) and label == second[index][1] == index % 10
-        assert image.float().std() > 5  # something is to be seen
-    assert not torch.equal(first[0][0], first[10][0])
-    assert not torch.equal(first[0][0], Shapes('val', (24, 40))[0][0])
-
-
-# --- Transforms -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize('shape', [(30, 40), (57, 31), (224, 224), (500, 375)])
-def test_simple_crop_is_torchvisions(shape):
-    """The reference's pipeline: Resize(side), RandomCrop(side, padding 4, reflect), RandomHorizontalFlip()."""
-    image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
-    ours = transforms.pretrain_transform((32, 32), 'simple')
-    theirs = v2.Compose(
-        [v2.Resize(32), v2.RandomCrop(32, padding=4, padding_mode='reflect'), v2.RandomHorizontalFlip()]
-    )
-    for seed in range(5):
-        results = []
-        for transform in (ours, theirs):
-            torch.manual_seed(seed)
-            results.append(transform(image))
-        assert results[0].dtype == torch.uint8 and torch.equal(*results)
-
-
-@pytest.mark.parametrize('crop', ['simple', 'rrc'])
-@pytest.mark.parametrize('shape', [(7, 300), (300, 7), (64, 48), (1, 1)])
-def test_rectangles_are_covered(crop, shape):
-    image = torch.full((3, *shape), 200, dtype=torch.uint8)
-    for transform in (transforms.pretrain_transform((24, 40), crop), transforms.centre_transform((24, 40))):
-        result = transform(image)
-        assert result.shape == (3, 24, 40) and (result == 200).all()
-
-
-def test_normalise():
-    images = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
-    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
-    expected = v2.Normalize(mean, std)(images.double() / 255)
-    assert torch.allclose(transforms.normalise(images, mean, std).double(), expected, atol=1e-6)
+    def __getitem__(self, index):
+        if index in self.bad:
+            raise ValueError(f'images/{index}.png: no image')
+        image = torch.full((3, 16, 16), index, dtype=torch.uint8)
+        image[0, 0, 0] = 255  # not flat
+        return image, index
 
 
 # --- Which samples, in which order ------------------------------------------------------------------------------
@@ -382,7 +68,7 @@ def test_processes_share_each_step(world_size, batch_size):
     assert len(shares[0]) == len(data.BatchStream(50, 16, batch_size, 3, 0, 9, 0, world_size))
 
 
-def test_a_stream_goes_on_from_any_step():
+def test_a_stream_resumes_at_any_step():
     for start in (0, 1, 3, 7):
         assert stream(start=start) == stream()[2 * start :]
 
@@ -392,41 +78,22 @@ def test_fixed_batches_hold_every_sample_once():
     assert sorted(key for share in shares for batch in share for key in batch) == [(0, index) for index in range(11)]
 
 
-def test_samples_depend_on_seed_epoch_and_index_only():
-    source = Shapes('train', (20, 20))
-    transform = transforms.pretrain_transform((16, 16), 'rrc')
-    samples = data.Samples(source, transform, num_patches=16, seed=1)
-    keys = [(epoch, index) for epoch in range(2) for index in range(5)]
-    forward, backward = [samples[key] for key in keys], [samples[key] for key in reversed(keys)][::-1]
-    for (image, noise, _), (image_again, noise_again, _) in zip(forward, backward):
-        assert torch.equal(image, image_again) and torch.equal(noise, noise_again)
-    all_noise = torch.stack([noise for _, noise, _ in forward])
-    assert len(all_noise.unique(dim=0)) == 10 and 0 <= all_noise.min() and all_noise.max() < 1
-    other_seed = data.Samples(source, transform, num_patches=16, seed=2)[0, 0]
-    assert not torch.equal(other_seed[1], forward[0][1])
-
-
-def test_loader_gives_normalised_batches():
-    source = Shapes('val', (16, 16))
-    samples = data.Samples(source, transforms.centre_transform((16, 16)), num_patches=4)
-    statistics = ([0.5] * 3, [0.25] * 3)
-    for num_workers in (0, 2):
-        loader = data.Loader(samples, data.fixed_batches(5, 2), torch.device('cpu'), statistics, num_workers)
-        batches = list(loader)
-        assert [len(images) for images, _ in batches] == [2, 2, 1]
-        expected = (torch.stack([source[i][0] for i in range(5)]) / 255 - 0.5) / 0.25
-        assert torch.allclose(torch.cat([images for images, _ in batches]), expected, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     'total, per_device, world_size, expected',
-    [(4096, 512, 8, (512, 1)), (4096, 256, 1, (256, 16)), (4096, 64, 16, (64, 4)), (96, None, 2, (48, 1))],
+    [
+        (4096, 512, 8, (512, 1)),
+        (4096, 256, 1, (256, 16)),
+        (4096, 64, 16, (64, 4)),
+        (96, None, 2, (48, 1)),
+        (16, 32, 1, (16, 1)),  # an upper bound
+        (16, 32, 2, (8, 1)),
+    ],
 )
 def test_total_batch_is_the_product(total, per_device, world_size, expected):
     assert data.split_batch(total, per_device, world_size) == expected
 
 
-@pytest.mark.parametrize('total, per_device, world_size', [(4096, 48, 8), (100, 64, 1), (16, 32, 1), (10, None, 4)])
+@pytest.mark.parametrize('total, per_device, world_size', [(4096, 48, 8), (100, 64, 1), (10, None, 4)])
 def test_total_batch_suggestions_would_do(total, per_device, world_size):
     with pytest.raises(InputError) as error:
         data.split_batch(total, per_device, world_size)
@@ -437,52 +104,213 @@ def test_total_batch_suggestions_would_do(total, per_device, world_size):
         assert fits[0] * fits[1] * world_size == (total if per_device else number)
 
 
-# --- Waiting for data -------------------------------------------------------------------------------------------
+# --- What is drawn for a sample -----------------------------------------------------------------------------------
 
 
-def test_waiting_is_counted_within_the_block_only():
-    waiting = data.Waiting(torch.device('cpu'))
-    for _ in range(3):
-        with waiting:
-            time.sleep(0.02)
-        time.sleep(0.05)
-    assert 0.06 <= waiting.seconds() < 0.2
-    assert waiting.seconds() == 0
+def everything(image):
+    """A transform that draws from every generator."""
+    return torch.tensor([torch.rand(()), random.random(), np.random.random(), image.float().mean()])
 
 
-def test_a_slow_source_is_said_once(pretrain, monkeypatch, capsys):
-    def told(name, *flags):
-        shares = [entry['data_wait'] for entry in pretrain(name, *flags).entries if 'data_wait' in entry]
-        lines = [line for line in capsys.readouterr().out.splitlines() if 'waits for data' in line]
-        return shares, lines
+def test_samples_depend_on_seed_epoch_and_index_only():
+    keys = [(epoch, index) for epoch in range(2) for index in range(5)]
+    samples = data.Samples(Source(8), everything, num_patches=16, seed=1)
+    forward, backward = [samples[key] for key in keys], [samples[key] for key in reversed(keys)][::-1]
+    for (image, noise, _), (image_again, noise_again, _) in zip(forward, backward):
+        assert torch.equal(image, image_again) and torch.equal(noise, noise_again)
+    other_seed = [data.Samples(Source(8), everything, num_patches=16, seed=2)[key] for key in keys]
+    noises = torch.stack([noise for _, noise, _ in forward + other_seed])
+    assert len(noises.unique(dim=0)) == 20 and 0 <= noises.min() and noises.max() < 1
+    for column in range(3):  # torch's, Python's and NumPy's
+        assert len({image[column].item() for image, _, _ in forward + other_seed}) == 20
 
-    read = data.ImageFiles.__getitem__
-    monkeypatch.setattr(data.ImageFiles, '__getitem__', lambda *key: time.sleep(0.05) or read(*key))
-    shares, (line,) = told('slow')
-    assert min(shares) > 0.5 and f'waits for data for {shares[1]:.0%} of the time' in line  # not of the first window
-    monkeypatch.setattr(data, 'advice', lambda *_: pytest.fail('a single window is no ground for advice'))
-    told('short', '--epochs', '1', '--warmup_epochs', '0', '--log_every', '99')
+
+def test_masks_are_the_same_for_every_crop():
+    shapes = Shapes('train', (20, 20))
+    crops = [transforms.pretrain_transform((16, 16), crop) for crop in ('simple', 'rrc', 'none')]
+    noises = [data.Samples(shapes, crop, num_patches=16)[0, 3][1] for crop in crops]
+    assert torch.equal(noises[0], noises[1]) and torch.equal(noises[0], noises[2])
+
+
+# --- The loader -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_loader_gives_normalised_batches(num_workers):
+    source = Shapes('val', (16, 16))
+    samples = data.Samples(source, transforms.centre_transform((16, 16)), num_patches=4)
+    loader = data.Loader(samples, data.fixed_batches(5, 2), CPU, STATISTICS, num_workers)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in STATISTICS)
+    for _ in range(2):  # the workers stay
+        batches = list(loader)
+        assert [len(images) for images, _ in batches] == [2, 2, 1]
+        expected = (torch.stack([source[i][0] for i in range(5)]) / 255 - mean) / std
+        assert torch.allclose(torch.cat([images for images, _ in batches]), expected, atol=1e-6)
+        assert torch.equal(
+            torch.cat([noise for _, noise in batches]), torch.stack([samples[0, i][1] for i in range(5)])
+        )
+
+
+@pytest.mark.parametrize('device, expected', [('cpu', False), ('mps', False), ('cuda', True)])
+def test_copies_are_asynchronous_on_cuda_only(device, expected, monkeypatch):
+    """On MPS such copies read memory that is freed, before torch 2.13."""
+    loader = data.Loader(data.Samples(Source(4), lambda image: image), data.fixed_batches(4, 2), CPU, STATISTICS, 0)
+    copies = []
+    monkeypatch.setattr(torch.Tensor, 'to', lambda tensor, *a, **options: copies.append(options) or tensor)
+    monkeypatch.setattr(loader, 'device', Namespace(type=device))
+    monkeypatch.setattr(data, 'normalise', lambda images, mean, std: images)
+    assert len(list(loader)) == 2
+    assert copies == [{'non_blocking': expected}] * 4
 
 
 @pytest.mark.parametrize(
-    'cores, local_processes, workers, crop, size, expected',
+    'num_workers, batch_bytes, expected',
     [
-        (8, 1, 0, 'simple', 16, '--num_workers 8 loads them meanwhile'),
-        (8, 2, 2, 'simple', 16, '--num_workers 4, one for each CPU core of this process, may help; now they are 2'),
-        (64, 1, None, 'rrc', 16, '--num_workers 64, .* now they are 16'),
-        (8, 1, None, 'simple', 16, 'python -m util.resize IMAGES COPY --size 16$'),
-        (8, 1, 8, 'simple', (16, 12), 'python -m util.resize IMAGES COPY --size 16 12$'),
-        (8, 1, 8, 'rrc', 16, 'no CPU core to spare'),
-        (8, 1, 8, None, 16, 'no CPU core to spare'),  # fine-tuning has no --crop
-        (8, 1, 8, 'simple', 18, 'no CPU core to spare'),  # the size that they have
+        (16, 64 * 3 * 224**2, 4),  # 0.6 GB
+        (16, 256 * 3 * 224**2, 3),  # 1.8 GB; with 4 it would be 2.5
+        (16, 2048 * 3 * 224**2, 1),  # the published probe on 8 GPUs: 4.9 GB
+        (2, 2048 * 3 * 224**2, 3),
+        (1, 1, 4),
     ],
 )
-def test_advice_fits(cores, local_processes, workers, crop, size, expected, folder, monkeypatch):
-    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: range(cores), raising=False)
-    monkeypatch.setenv('LOCAL_WORLD_SIZE', str(local_processes))
-    args = Namespace(num_workers=workers, data_path='IMAGES', **({'crop': crop} if crop else {}))
-    size = size if isinstance(size, tuple) else (size, size)
-    source = data.open_source(str(folder), 'train')
-    line = data.advice(0.4, source, args, size)
-    assert re.search(expected, line) and 'waits for data for 40% of the time' in line and '\n' not in line
-    assert 'util.resize' not in data.advice(0.4, Shapes('train', (20, 20)), args, size)
+def test_prefetching_is_bounded_in_bytes(num_workers, batch_bytes, expected):
+    factor = data.prefetch_factor(num_workers, batch_bytes)
+    assert factor == expected
+    assert factor == 1 or factor * num_workers * batch_bytes <= 2e9
+    assert factor == 4 or (factor + 1) * num_workers * batch_bytes > 2e9
+
+
+def test_the_loader_counts_the_bytes_of_its_batches(monkeypatch):
+    asked = []
+    monkeypatch.setattr(data, 'prefetch_factor', lambda *arguments: asked.append(arguments) or 1)
+    samples = data.Samples(Source(20), transforms.centre_transform((8, 6)))
+    keys = data.BatchStream(20, 10, 5, seed=0, start=0, stop=2)
+    assert len(list(data.Loader(samples, keys, CPU, STATISTICS, 2))) == 4
+    assert asked == [(2, 5 * 3 * 8 * 6)]
+    assert list(data.Loader(samples, [], CPU, STATISTICS, 2)) == []  # a process without a share
+
+
+NOTEBOOK = """
+import torch
+from util import data, sources, transforms
+samples = data.Samples(sources.open_source('shapes'), transforms.centre_transform((16, 16)))
+loader = data.Loader(samples, data.fixed_batches(400, 4), torch.device('cpu'), ([0.5] * 3, [0.5] * 3), 2)
+batches = iter(loader)
+next(batches)
+print('done', flush=True)
+"""
+
+
+def test_python_exits_while_workers_run():
+    """As in a notebook: workers ignore SIGTERM, by which Python would end them, and then wait for them."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    done = subprocess.run([sys.executable, '-c', NOTEBOOK], cwd=root, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, 'done\n', '')
+
+
+# --- Images that cannot be read, or show nothing ------------------------------------------------------------------
+
+
+def test_a_bad_image_is_replaced():
+    samples = data.Samples(Source(6, bad=[3]), lambda image: image, 4, seed=1)
+    (image, noise, problem), again = samples[0, 3], samples[0, 3]
+    assert problem == 'images/3.png\tno image' and torch.equal(image, again[0]) and torch.equal(noise, again[1])
+    stand_ins = {int(samples[epoch, 3][0][1, 0, 0]) for epoch in range(30)}
+    assert 3 not in stand_ins and len(stand_ins) > 2  # not always the same
+
+
+def test_a_source_without_any_good_image_ends():
+    with pytest.raises(RunError, match='100 images in a row cannot be read; images/..png: no image'):
+        data.Samples(Source(2, bad=[0, 1]), lambda image: image)[0, 0]
+
+
+def test_bad_images_are_left_out_of_evaluation(tmp_path):
+    samples = data.Samples(Source(7, bad=[2, 4, 5]), lambda image: image)
+    bad = data.BadImages(7, 1.0, str(tmp_path))
+    loader = data.Loader(samples, data.fixed_batches(7, 2), CPU, STATISTICS, 0, bad, leave_out=True)
+    assert [labels.tolist() for _, labels in loader] == [[0, 1], [3], [6]]
+    assert bad.count == 3
+    list(loader)
+    lines = (tmp_path / 'bad_images.txt').read_text().splitlines()
+    assert lines == [f'images/{index}.png\tno image' for index in (2, 4, 5)]  # once each
+
+
+def test_each_process_has_its_own_list(tmp_path, monkeypatch):
+    for rank, name in ((0, 'bad_images.txt'), (1, 'bad_images-1.txt'), (12, 'bad_images-12.txt')):
+        monkeypatch.setattr(distributed, 'world', lambda rank=rank: (rank, 16))
+        for _ in range(2):  # a resumed run
+            data.BadImages(100, 0.1, str(tmp_path)).add(['', f'{rank}.png\tbroken', ''])
+        assert (tmp_path / name).read_text() == f'{rank}.png\tbroken\n'
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    'num_images, max_bad, most',
+    [
+        (1000, 0.01, 10),
+        (64, 0.01, 3),
+        (20, 0.5, 10),
+        (4, 0.01, 3),
+        (3, 0.01, 2),
+        (2, 1.0, 1),
+        (50, 1.0, 49),
+        (90, 0, 0),
+    ],
+)
+def test_how_many_images_may_be_bad(num_images, max_bad, most, monkeypatch):
+    """A share, but a few in any case, and never all."""
+    bad = data.BadImages(num_images, max_bad)
+    bad.check(most)
+    bad.add(['a.png\tbroken'])
+    message = f'{most + 1} of {num_images} images cannot be read, more than --max_bad {max_bad:g} allows; a.png: broken'
+    with pytest.raises(RunError, match=message):
+        bad.check(most + 1)
+    monkeypatch.setattr(distributed, 'world', lambda: (1, 2))
+    with pytest.raises(SystemExit):  # rank 0 tells
+        bad.check(most + 1)
+
+
+class FlatSource(Source):
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        if index % 2:
+            image[:] = torch.tensor([index, 0, 255], dtype=torch.uint8).view(3, 1, 1)
+        return image, label
+
+
+@pytest.mark.parametrize('num_workers', [0, 1])
+def test_flat_images_are_counted_and_used(num_workers, tmp_path):
+    samples = data.Samples(FlatSource(9, bad=[4]), lambda image: image, num_patches=4)
+    bad = data.BadImages(9, 0.0, str(tmp_path))
+    loader = data.Loader(samples, data.fixed_batches(9, 3), CPU, STATISTICS, num_workers, bad, leave_out=True)
+    assert sum(len(images) for images, _ in loader) == 8
+    assert (bad.flat, bad.count) == (4, 1)
+    note = bad.flat_note()
+    assert note.startswith('4 images are one flat colour, such as images/1.png; see ') and note.endswith(
+        'bad_images.txt'
+    )
+    listed = (tmp_path / 'bad_images.txt').read_text().splitlines()
+    assert 'images/1.png\tone flat colour' in listed and len(listed) == 5
+    labelled = data.Loader(data.Samples(FlatSource(9), lambda image: image), [[(0, 1)]], CPU, STATISTICS, 0)
+    assert len(list(labelled)) == 1 and labelled.bad.flat == 0  # asked in pre-training only
+
+
+@pytest.mark.parametrize('place', [(0, 0, 0), (2, 15, 15), (1, 7, 3)])
+def test_one_other_pixel_is_not_flat(place):
+    image = torch.full((3, 16, 16), 7, dtype=torch.uint8)
+    assert data.is_flat(image) and data.is_flat(image[:, :1, :1])
+    image[place] = 8
+    assert not data.is_flat(image)
+
+
+# --- Waiting for data -------------------------------------------------------------------------------------------
+
+
+def test_waiting_is_counted_within_the_block_only(monkeypatch):
+    clock = iter([1.0, 3.0, 10.0, 10.5])  # read as a block begins and ends
+    monkeypatch.setattr(data.time, 'perf_counter', lambda: next(clock))
+    waiting = data.Waiting(CPU)
+    for _ in range(2):
+        with waiting:
+            pass
+    assert waiting.seconds() == 2.5 and waiting.seconds() == 0

@@ -141,10 +141,15 @@ class BadImages:
         if count > allowed or count == self.num_images:
             example = next(iter(self.lines.values()), '').replace('\t', ': ')
             where = f'see {self.file}' if self.file else example
-            message = (
-                f'{count} of {self.num_images} images cannot be read, more than --max_bad {self.max_bad:g}; {where}'
-            )
+            message = f'{count} of {self.num_images} images cannot be read, more than --max_bad {self.max_bad:g} allows'
+            message += f'; {where}'
             raise RunError(message) if distributed.world()[0] == 0 else SystemExit(1)
+
+    def flat_note(self):
+        """A sentence on the images of one colour that this process has used."""
+        example = next((path for path, line in self.lines.items() if line.endswith(FLAT)), '')
+        where = f'; see {self.file}' if self.file else ''
+        return f'{self.flat} images are {FLAT}, such as {example}{where}'
 
 
 # --- Which samples a process sees -----------------------------------------------------------------------------

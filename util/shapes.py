@@ -71,18 +71,18 @@ class Shapes:
         height, width = self.size
         y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing='ij')
         rng, label = np.random.default_rng((self.stream, index)), int(self.labels[index])
-        light = rng.random() < 0.5
-        image = texture(x, y, rng, 0.0, 0.4)
-        centre, scale = rng.uniform(-0.15, 0.15, 2), rng.uniform(0.6, 0.8)
-        large = outline(x, y, rng, label, centre, scale)
+
+        large = outline(x, y, rng, label, rng.uniform(-0.15, 0.15, 2), rng.uniform(0.6, 0.8))
         away, angle = rng.uniform(0.5, 0.8), rng.uniform(0, 2 * np.pi)
-        small_centre = away * np.array([np.cos(angle), np.sin(angle)])
-        small = outline(x, y, rng, rng.integers(len(SHAPES)), small_centre, rng.uniform(0.2, 0.3))
+        centre = away * np.cos(angle), away * np.sin(angle)
+        small = outline(x, y, rng, rng.integers(len(SHAPES)), centre, rng.uniform(0.2, 0.3))
+
+        image = texture(x, y, rng, 0.0, 0.4)
         layers = [(large, texture(x, y, rng, 0.6, 1.0)), (small, texture(x, y, rng, 0.3, 0.8))]
-        in_front = rng.random() < 0.5
-        for alpha, pixels in layers if in_front else layers[::-1]:
+        small_in_front = rng.random() < 0.5
+        for alpha, pixels in layers if small_in_front else layers[::-1]:
             image = image * (1 - alpha) + pixels * alpha
-        seen = (large > 0.5) & ~(in_front & (small > 0.5))
+        seen = (large > 0.5) & ~(small_in_front & (small > 0.5))
         return (image.clip(0, 1) * 255).round().astype(np.uint8), (seen * (1 + label)).astype(np.uint8)
 
 

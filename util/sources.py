@@ -6,7 +6,6 @@ source.classes are the classes' names in the order of their labels, source.label
 is None where it is not known.
 """
 
-import difflib
 import hashlib
 import os
 import urllib.error
@@ -17,6 +16,7 @@ import torchvision.datasets
 from torchvision.transforms.v2.functional import to_dtype
 
 from util import distributed, tar
+from util.args import did_you_mean
 from util.errors import InputError
 from util.images import WHITE, decode_image, pil_to_tensor
 from util.shapes import Shapes
@@ -422,11 +422,9 @@ def open_torchvision(path, split, options):
     known = {name.lower(): name for name in torchvision.datasets.__all__}
     wanted = path.removeprefix('torch/').replace('_', '').lower()
     if wanted not in known:
-        close = difflib.get_close_matches(wanted, known, 1) or ['cifar10', 'stl10', 'flowers102']
-        raise InputError(
-            f'{path}: torchvision {torchvision.__version__} has no such data set; did you mean '
-            f'{" or ".join(f"torch/{name}" for name in close)}?'
-        )
+        advice = did_you_mean(f'torch/{wanted}', [f'torch/{name}' for name in known])
+        advice = advice or '; it has, for instance, torch/cifar10 and torch/stl10'
+        raise InputError(f'{path}: torchvision {torchvision.__version__} has no such data set{advice}')
     dataset_class = getattr(torchvision.datasets, known[wanted])
     choices = [{'split': name} for name in SPLITS['val']] + [{'train': False}]
     if split == 'train':

@@ -43,11 +43,17 @@ class PaddedCrop(v2.RandomCrop):
 
 
 def pretrain_transform(size, crop='simple'):
-    """uint8 (C, h, w) -> uint8 (C, H, W). 'simple': the reference's (mmpretrain configs/mff); 'rrc': MAE's."""
+    """uint8 (C, h, w) -> uint8 (C, H, W), flipped or not.
+
+    crop: 'simple', the reference's (mmpretrain configs/mff); 'rrc', MAE's; 'none', the centre, for pictures that are
+    small and varied.
+    """
     if crop == 'simple':
         if min(size) <= 4:
             raise InputError(f'--input_size {size[0]} {size[1]}: --crop simple pads by 4 pixels and needs more')
         spatial = [Cover(size), PaddedCrop(size, padding=4)]
+    elif crop == 'none':
+        spatial = [Cover(size), v2.CenterCrop(size)]
     else:
         spatial = [v2.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=BICUBIC, antialias=True)]
     return v2.Compose([*spatial, v2.RandomHorizontalFlip()])
