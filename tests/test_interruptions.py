@@ -127,7 +127,7 @@ def test_all_processes_wait_until_the_checkpoint_is_written(target, small_run, t
     script.write_text(SLOW_SAVE)
     flags = [script, *small_run('run', '--epochs', '300'), mark]
     if target == 'torchrun':
-        launcher = torchrun('--standalone', '--nproc_per_node=2', *flags)
+        launcher = torchrun('--standalone', '--nproc_per_node=2', *flags, stdout=subprocess.DEVNULL)
         targets = jobs = [launcher]
     else:
         where = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port()), 'WORLD_SIZE': '2', 'OMP_NUM_THREADS': '1'}
@@ -326,11 +326,11 @@ def victim(tmp_path, action):
     return path
 
 
-def torchrun(*arguments, **variables):
+def torchrun(*arguments, stdout=subprocess.PIPE, **variables):
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), **variables}
     return subprocess.Popen(
         [sys.executable, '-m', 'torch.distributed.run', *map(str, arguments)],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        cwd=ROOT, env=environment, stdout=stdout, stderr=subprocess.STDOUT, text=True
     )  # fmt: skip
 
 
