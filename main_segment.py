@@ -22,7 +22,20 @@ from PIL import Image
 import engine
 from models_mff import MODELS
 from models_upernet import UperNet, default_levels
-from util import checkpoint, data, distributed, images, masks, mix, optim, segmentation, transforms, visualize, weights
+from util import (
+    checkpoint,
+    data,
+    distributed,
+    images,
+    masks,
+    mix,
+    optim,
+    segmentation,
+    sources,
+    transforms,
+    visualize,
+    weights,
+)
 from util.args import ArgumentParser, ImageSize, add_common_arguments, add_model_arguments, number, run
 from util.errors import InputError, as_input_error
 

@@ -1,0 +1,325 @@
+"""main_segment.py as users run it: data, training, resuming, evaluation, prediction, mistakes."""
+
+import json
+import os
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
+
+import main_segment
+from tests.conftest import Result, command
+from util import masks, optim, segmentation
+from util.args import run
+from util.shapes import Shapes
+from util.sources import Options
+
+SMALL = (
+    '--model vit_nano_patch4 --input_size 16 --channels 8 --aux_channels 8 --total_batch_size 4 --total_steps 6 '
+    '--warmup_steps 2 --lr 1e-3 --num_workers 0 --log_every 1 --device cpu'
+).split()
+
+
+def write_pairs(root, split='train', count=12, size=(20, 18), names=('images', 'masks')):
+    """Drawn pictures with masks of the classes 0 to 10, whose borders are unlabelled, 11."""
+    shapes = Shapes(split, size)
+    for index in range(count):
+        for folder, tensor in zip(names, (shapes[index][0], shapes.mask(index)[None])):
+            if folder != names[0]:
+                tensor[:, 0] = 11
+            path = root / folder / split / f'{index}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            to_pil_image(tensor).save(path)
+    (root / 'classes.txt').write_text('\n'.join(['background', *Shapes.classes]))
+    return root
+
+
+@pytest.fixture(scope='session')
+def pairs(tmp_path_factory):
+    root = tmp_path_factory.mktemp('pairs')
+    write_pairs(root)
+    return write_pairs(root, 'val', count=5)
+
+
+def segment(data_path, output_dir, *flags):
+    arguments = ['--data_path', str(data_path), '--ignore_label', '11', *SMALL, '--output_dir', str(output_dir), *flags]
+    run(main_segment.main, main_segment.get_parser(), arguments)
+    return Result(output_dir)
+
+
+def open_pairs(data_path, *flags, only_val=False, **labels):
+    args = main_segment.get_parser().parse_args(['--data_path', str(data_path), *map(str, flags)])
+    sizes = {'in_chans': 3, 'img_size': (16, 16)}
+    return masks.open_pairs(args, sizes, masks.Labels(**labels), only_val)
+
+
+def fails(capsys, *arguments):
+    """The message of a run that a mistake ends before training: one line, exit code 2."""
+    with pytest.raises(SystemExit) as exit:
+        segment(*arguments)
+    message = capsys.readouterr().err
+    assert exit.value.code == 2 and message.count('\n') == 1
+    return message
+
+
+# --- Data -----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_and_a_tar_give_the_same_pairs(pairs, tmp_path):
+    with tarfile.open(tmp_path / 'pairs.tar', 'w') as tar:
+        tar.add(pairs, 'pairs')
+    for split, sources in enumerate(
+        zip(
+            open_pairs(pairs, ignore=11),
+            open_pairs(tmp_path / 'pairs.tar', '--download_dir', tmp_path, ignore=11),
+            strict=True,
+        )
+    ):
+        folder, tar = sources
+        assert len(folder) == len(tar) == (12, 5)[split] and folder.classes == tar.classes
+        for index in range(len(folder)):
+            for ours, theirs in zip(folder[index], tar[index]):
+                assert torch.equal(ours, theirs)
+
+
+def test_image_and_mask_belong_together(pairs):
+    train, _ = open_pairs(pairs, ignore=11)
+    shapes = Shapes('train', (20, 18))
+    for index in range(len(train)):
+        image, mask = train[index]
+        number = int(os.path.basename(train.path(index)).removesuffix('.png'))
+        assert torch.equal(image, shapes[number][0])
+        assert torch.equal(mask[1:], shapes.mask(number)[1:]) and (mask[0] == masks.IGNORE).all()
+
+
+def test_ade20k_as_downloaded(tmp_path):
+    """Its folders, its masks that count from 1 with 0 for "other", and its 150 names."""
+    root = tmp_path / 'ADEChallengeData2016'
+    values = torch.tensor([0, 1, 150, 255], dtype=torch.uint8).repeat(1, 4, 1)
+    for split in ('training', 'validation'):
+        for folder, tensor, ending in (
+            ('images', torch.zeros(3, 4, 4, dtype=torch.uint8), 'jpg'),
+            ('annotations', values, 'png'),
+        ):
+            (root / folder / split).mkdir(parents=True)
+            to_pil_image(tensor).save(root / folder / split / f'ADE_{split}_1.{ending}')
+    (root / 'objectInfo150.txt').write_text('Idx\n')
+    for path in (root, tmp_path):
+        train, val = open_pairs(path, reduce_zero=True)
+        assert 'training' in train.path(0) and 'validation' in val.path(0)
+        assert train[0][1][0].tolist() == [255, 0, 149, 255]
+        assert len(train.classes) == 150 and (train.classes[0], train.classes[149]) == ('wall', 'flag')
+
+
+@pytest.mark.parametrize('mode', ['L', 'P', '1'])
+def test_masks_are_read_raw(mode, tmp_path):
+    """A palette's colours do not matter."""
+    values = (
+        np.array([[0, 1], [1, 0]], dtype=np.uint8) if mode == '1' else np.array([[0, 7], [254, 255]], dtype=np.uint8)
+    )
+    image = Image.fromarray(values.astype(bool)) if mode == '1' else Image.fromarray(values)
+    if mode == 'P':
+        image.putpalette(np.random.default_rng(0).integers(0, 256, 768, dtype=np.uint8).tobytes())
+    assert image.mode == mode
+    image.save(tmp_path / 'mask.png')
+    files = masks.open_files(str(tmp_path), Options())
+    assert np.array_equal(masks.read_mask(files, 0), values)
+
+
+def test_without_splits_and_with_val_share(tmp_path):
+    """Where there are no folders for splits, --val_share holds some out."""
+    write_pairs(tmp_path / 'all')
+    for folder in ('images', 'masks'):
+        for path in (tmp_path / 'all' / folder / 'train').iterdir():
+            path.rename(tmp_path / 'all' / folder / path.name)
+    train, val = open_pairs(tmp_path / 'all', '--val_share', 0.25, ignore=11)
+    paths = {source.path(index) for source in (train, val) for index in range(len(source))}
+    assert (len(train), len(val), len(paths)) == (9, 3, 12)
+    with pytest.raises(ValueError, match='--val_share'):
+        open_pairs(tmp_path / 'all', ignore=11)
+
+
+def test_the_transform_is_joint_and_of_the_crop_size():
+    """Where the mask is a function of the image, it still is after resize, crop and flip; padding is marked."""
+    transform = segmentation.TrainTransform((24, 32), (96, 24))
+    image = torch.arange(40, dtype=torch.uint8).view(1, 1, 40).repeat(1, 30, 1) * 5  # each column its own grey
+    for seed in range(20):
+        segmentation.data.seed_generators(seed)
+        crop, mask = transform(image, image[0] // 5)
+        assert crop.shape == (1, 24, 32) and mask.shape == (24, 32)
+        inside = mask != segmentation.PADDING
+        assert (crop[0][inside].int() - 5 * mask[inside].int()).abs().max() <= 12  # two columns: nearest rounds down
+        imgs, targets = segmentation.fill_padding(crop[None].float() + 1, mask[None])
+        assert (imgs[0, 0][~inside] == 0).all() and (targets[0][~inside] == masks.IGNORE).all()
+        assert (imgs[0, 0][inside] > 0).all() and torch.equal(targets[0][inside], mask[inside].long())
+
+
+# --- Training -------------------------------------------------------------------------------------------------
+
+
+def test_run_and_resume_are_exact(pairs, tmp_path, kill_after_saving):
+    """Killed after a checkpoint and started again, a run ends with the same weights; workers make no difference."""
+    whole = segment(pairs, tmp_path / 'whole')
+    kill_after_saving(segment, pairs, tmp_path / 'cut', '--save_every', '2')
+    resumed = segment(pairs, tmp_path / 'cut', '--save_every', '2', '--num_workers', '2')
+    assert resumed.losses == whole.losses and len(whole.losses) == 6
+    for name, tensor in whole.checkpoint['model'].items():
+        assert torch.equal(tensor, resumed.checkpoint['model'][name]), name
+    assert whole.checkpoint['classes'] == ['background', *Shapes.classes]
+    last = [entry for entry in whole.entries if 'val_miou' in entry][-1]
+    assert whole.checkpoint['best_miou'] >= last['val_miou'] and 'val_iou/background' in last
+    for name in ('checkpoint-best.pth', 'segmentation.png'):
+        assert (tmp_path / 'whole' / name).stat().st_size > 1000
+
+
+def test_flags_reach_what_they_are_for(pairs, tmp_path, monkeypatch):
+    """The schedule, the model, the optimiser and the transform, as the job builds them."""
+    seen = {}
+
+    def stop(run, model, optimizer, loss_fn, loader, events, title):
+        seen.update(run=run, model=model, optimizer=optimizer, loader=loader, events=events)
+
+    monkeypatch.setattr(main_segment.engine, 'train', stop)
+    flags = (
+        '--scale 64 20 --levels 0 1 2 3 --drop_path 0.3 --layer_decay 0.5 --weight_decay 0.1 --betas 0.8 0.9'.split()
+    )
+    with pytest.raises(KeyError, match='best_miou'):
+        segment(pairs, tmp_path, *flags)
+    schedule, model = seen['run'].schedule, seen['model']
+    assert (schedule.total_steps, schedule.warmup_steps, schedule.decay) == (6, 2, 'linear')
+    assert optim.learning_rate(0, schedule) == pytest.approx(1e-9) and optim.learning_rate(5, schedule) == 0
+    assert model.classifier[1].weight.shape[:2] == (11, 8) and model.aux_head[2].weight.shape[:2] == (11, 8)
+    groups = seen['optimizer'].param_groups
+    assert {group['weight_decay'] for group in groups} == {0.0, 0.1} and groups[0]['betas'] == (0.8, 0.9)
+    assert {group['lr_scale'] for group in groups} == {0.5**layer for layer in range(6)}
+    transform = seen['loader'].batches.dataset.transform
+    assert (transform.size, transform.scale) == ((16, 16), (64, 20))
+    assert seen['events'].best == 'val_miou'
+
+
+def test_two_processes_evaluate_each_image_once(pairs, tmp_path):
+    """The numbers are those of one process, to the last digit."""
+    segment(pairs, tmp_path / 'run', '--total_steps', '2', '--warmup_steps', '0')
+    flags = ['main_segment.py', '--eval', '--data_path', pairs, '--init_from', tmp_path / 'run/checkpoint-last.pth']
+    flags += ['--device', 'cpu', '--num_workers', '0']
+    lines = []
+    for processes in (0, 2):
+        done = command(*flags, '--output_dir', tmp_path / f'eval{processes}', torchrun=processes)
+        assert done.returncode == 0, done.stderr
+        lines.append(json.loads((tmp_path / f'eval{processes}/log.jsonl').read_text()))
+    assert lines[0] == lines[1] and 'val_iou/background' in lines[0]
+    assert 'mIoU' in done.stdout and 'on 5 images' in done.stdout
+    trained = [entry for entry in Result(tmp_path / 'run').entries if 'val_miou' in entry][-1]
+    assert lines[0]['val_miou'] == trained['val_miou']
+
+
+def test_evaluation_at_several_scales_with_flip(pairs, tmp_path, capsys):
+    segment(pairs, tmp_path / 'run', '--total_steps', '2', '--warmup_steps', '0')
+    init = ['--init_from', str(tmp_path / 'run/checkpoint-last.pth')]
+    segment(pairs, tmp_path / 'eval', *init, '--eval', '--scales', '1', '1.5', '--flip')
+    assert 'mean accuracy' in capsys.readouterr().out
+
+
+def test_prediction_is_at_the_images_own_size(pairs, tmp_path, capsys):
+    """Class numbers in a PNG, and an overlay; they are what the model says; a bad image is reported at the end."""
+    segment(pairs, tmp_path / 'run')
+    init = ['--init_from', str(tmp_path / 'run/checkpoint-last.pth')]
+    image = pairs / 'images/val/1.png'
+    (tmp_path / 'bad.png').write_text('no image')
+    with pytest.raises(SystemExit) as exit:
+        segment(pairs, tmp_path / 'run', *init, '--predict', str(tmp_path / 'bad.png'), str(image))
+    assert exit.value.code == 1 and 'bad.png' in capsys.readouterr().err
+    predicted = Image.open(tmp_path / 'run/predictions/1.png')
+    assert predicted.size == Image.open(image).size and predicted.mode == 'P'
+    assert np.array(predicted).max() < 11
+    overlay = Image.open(tmp_path / 'run/predictions/1_overlay.png')
+    assert overlay.width > predicted.width and overlay.height >= predicted.height
+
+
+# --- Mistakes -------------------------------------------------------------------------------------------------
+
+
+def change(root, name, write):
+    """A copy-free change of one file of freshly written pairs."""
+    write_pairs(root)
+    write_pairs(root, 'val', count=3)
+    write(root / name)
+    return root
+
+
+MISTAKES = {
+    'image without mask': (
+        lambda root: (root / 'masks/train/3.png').unlink(),
+        [],
+        'image without mask.*images/train/3',
+    ),
+    'mask without image': (lambda root: (root / 'images/val/1.png').unlink(), [], 'mask without image.*masks/val/1'),
+    'no masks': (lambda root: (root / 'masks').rename(root / 'mask'), [], 'image without mask'),
+    'no classes': (lambda root: (root / 'classes.txt').unlink(), [], r'classes.txt.*--num_classes.*0 1 2'),
+    'one class': (lambda root: (root / 'classes.txt').write_text('background\n'), [], 'one class only, background'),
+    'labels above': (lambda root: None, ['--ignore_label', '255'], 'holds 11, above the last of 11 classes'),
+    'fewer classes': (lambda root: None, ['--num_classes', '3'], 'above the last of 3 classes'),
+    'crop and patch': (lambda root: None, ['--input_size', '18'], 'not a multiple of patch size'),
+    'images too small': (lambda root: None, ['--scale', '20', '6'], 'smaller than a crop'),
+    'levels': (lambda root: None, ['--levels', '0', '1', '2', '2'], 'four increasing block indices'),
+    'accumulation': (lambda root: None, ['--batch_size', '2'], 'BatchNorm'),
+    'one image': (lambda root: None, ['--total_batch_size', '1'], 'two images'),
+    'warm-up': (lambda root: None, ['--warmup_steps', '7'], 'warm-up'),
+    'nothing to evaluate': (lambda root: None, ['--eval'], '--init_from'),
+    'nothing to predict with': (lambda root: None, ['--predict', 'x.png'], '--init_from'),
+}
+
+
+@pytest.mark.parametrize('mistake', MISTAKES)
+def test_mistakes_get_one_line_before_training(mistake, tmp_path, capsys):
+    write, flags, message = MISTAKES[mistake]
+    write_pairs(tmp_path / 'data')
+    write_pairs(tmp_path / 'data', 'val', count=3)
+    write(tmp_path / 'data')
+    with pytest.raises(SystemExit) as exit:
+        segment(tmp_path / 'data', tmp_path / 'run', *flags)
+    lines = capsys.readouterr().err
+    assert exit.value.code == 2 and lines.count('\n') == 1
+    assert __import__('re').search(message, lines), lines
+
+
+BAD_MASKS = {
+    'colours': (lambda mask: mask.convert('RGB'), 'RGB'),
+    'another size': (lambda mask: mask.resize((9, 9)), 'differ in size, 18 x 20 and 9 x 9'),
+    'all ignored': (lambda mask: mask.point(lambda value: 11), 'all pixels are ignored'),
+    'label too high': (lambda mask: mask.point(lambda value: 12), 'holds 12'),
+}
+
+
+@pytest.mark.parametrize('fault', BAD_MASKS)
+def test_a_bad_mask_is_a_bad_image_and_many_are_a_mistake(fault, tmp_path, capsys):
+    spoil, message = BAD_MASKS[fault]
+    root = write_pairs(tmp_path / 'data')
+    write_pairs(root, 'val', count=3)
+
+    def spoil_mask(index):
+        path = root / f'masks/train/{index}.png'
+        with Image.open(path) as mask:
+            spoil(mask).save(path)
+
+    spoil_mask(5)
+    result = segment(root, tmp_path / 'run', '--max_bad', '0.5')
+    listed = (result.output_dir / 'bad_images.txt').read_text()
+    assert message in listed and listed.count('\n') == 1
+    for index in set(range(12)) - {5}:
+        spoil_mask(index)
+    with pytest.raises(SystemExit) as exit:
+        segment(root, tmp_path / 'all')
+    lines = capsys.readouterr().err
+    assert exit.value.code == 2 and message in lines and lines.count('\n') == 1
+
+
+def test_a_checkpoint_with_other_classes(pairs, tmp_path, capsys):
+    segment(pairs, tmp_path / 'run', '--total_steps', '1', '--warmup_steps', '0')
+    init = ['--init_from', str(tmp_path / 'run/checkpoint-last.pth'), '--eval', '--num_classes', '12']
+    with pytest.raises(SystemExit) as exit:
+        segment(pairs, tmp_path / 'eval', *init)
+    assert exit.value.code == 2 and '11 classes' in capsys.readouterr().err
