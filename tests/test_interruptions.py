@@ -423,21 +423,6 @@ def test_two_machines_train_as_one_process(rendezvous, pretrain, small_run, tmp_
     assert close_weights(Result(tmp_path / 'machines'), alone)
 
 
-def test_slurm_starts_processes_without_torchrun(pretrain, small_run, tmp_path):
-    """srun sets SLURM_*; the job script sets MASTER_ADDR and MASTER_PORT."""
-    port = str(free_port())
-    jobs = []
-    for rank in ('0', '1'):
-        environment = {
-            **os.environ, 'OMP_NUM_THREADS': '1', 'SLURM_PROCID': rank, 'SLURM_LOCALID': rank, 'SLURM_NTASKS': '2',
-            'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port,
-        }  # fmt: skip
-        flags = [sys.executable, 'main_pretrain.py', *small_run('slurm')]
-        jobs.append(subprocess.Popen(flags, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL))
-    assert [job.wait(timeout=300) for job in jobs] == [0, 0]
-    assert close_weights(Result(tmp_path / 'slurm'), pretrain('alone'))
-
-
 # --- Killed again and again -----------------------------------------------------------------------------------
 
 
