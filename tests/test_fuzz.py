@@ -1,8 +1,10 @@
 """Input that nobody thought of: whatever the flags, images, lists, tars and checkpoints, one line or a result."""
 
+import functools
 import io
 import os
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +16,13 @@ from PIL import Image
 import main_finetune
 import main_linprobe
 import main_pretrain
-from util import checkpoint, data, tar
-from util.args import InputError
-from util.transforms import decode_image
+import main_segment
+from models_mff import MaskedAutoencoderMFF, create_encoder, model_sizes
+from models_upernet import UperNet
+from util import checkpoint, export, sources, tar, weights
+from util.args import run
+from util.errors import InputError
+from util.images import decode_image
 
 fuzz = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -36,7 +42,8 @@ def damaged(draw, whole):
 
 # --- Flags ----------------------------------------------------------------------------------------------------
 
-PARSERS = {main.__name__: main.get_parser() for main in (main_pretrain, main_finetune, main_linprobe)}
+MAINS = (main_pretrain, main_finetune, main_linprobe, main_segment)
+PARSERS = {main.__name__: main.get_parser() for main in MAINS}
 FLAGS = sorted({flag for parser in PARSERS.values() for action in parser._actions for flag in action.option_strings})
 VALUES = [
     '0',
@@ -79,8 +86,6 @@ def test_flags(job, argv):
 )
 @fuzz
 def test_recipes(content, tmp_path, capsys):
-    from util.args import run
-
     path = tmp_path / 'recipe.txt'
     path.write_bytes(content)
     with pytest.raises(SystemExit) as exit:
@@ -147,17 +152,17 @@ def test_images(extension, whole, source):
 )
 @fuzz
 def test_lists(content, tmp_path):
-    """With a few files that a list may name by chance."""
-    for name in ('a', 'é', '.a'):
-        (tmp_path / name).touch()
+    """A file to look for on each line, which may be missing, or one line on the list."""
     (tmp_path / 'list.txt').write_bytes(content)
     try:
-        source = data.open_list(str(tmp_path / 'list.txt'), 3)
+        source = sources.open_list(str(tmp_path / 'list.txt'), sources.Options())
     except InputError as error:
         assert 'list.txt' in str(error)
     else:
-        assert len(source) and all(os.path.exists(source.path(index)) for index in range(len(source)))
+        assert len(source) and all(source.path(index) for index in range(len(source)))
         assert source.classes is None or len(source.labels) == len(source)
+        with pytest.raises(ValueError):
+            source[0]
 
 
 def small_tar():
@@ -181,12 +186,12 @@ def test_tars(content, tmp_path):
     path = tmp_path / 'images.tar'
     path.write_bytes(content)
     try:
-        index = tar.build_index({str(path): ''}, ('.png',))
+        names, places = tar.build_index({str(path): ''}, ('.png',))
     except InputError as error:
         assert str(error).startswith(str(path))
     else:
-        assert len(index['names']) == len(index['places'])
-        assert all(0 <= offset <= offset + size <= len(content) for _, offset, size in index['places'].tolist())
+        assert len(names) == len(places)
+        assert all(0 <= offset <= offset + size <= len(content) for _, offset, size in places.tolist())
 
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------
@@ -231,3 +236,136 @@ def test_checkpoints(source, run_checkpoint, tmp_path):
         assert str(error).startswith(f'{path}: ') and '\n' not in str(error)
     else:
         assert equal(loaded, state)
+
+
+# --- Weights ----------------------------------------------------------------------------------------------------
+
+TINY = model_sizes('vit_nano_patch4', img_size=8, embed_dim=8, depth=2, num_heads=2, mlp_ratio=1, decoder_embed_dim=8)
+UPERNET = {'num_classes': 2, 'levels': (0, 1, 2, 3), 'channels': 4, 'aux_channels': 4}
+
+
+def classifier():
+    model = create_encoder(TINY)
+    model.head = torch.nn.Linear(8, 3)
+    return model
+
+
+def segmenter():
+    return UperNet(**{name: TINY[name] for name in weights.ENCODER} | UPERNET | {'depth': 4})
+
+
+MODELS = {'mff': lambda: MaskedAutoencoderMFF(**TINY), 'classifier': classifier, 'segmenter': segmenter}
+RUN = {'model': 'vit_nano_patch4', 'input_size': [8, 8], 'mask_ratio': 0.75, 'crop_pct': 0.9, 'norm_pix_loss': True}
+ODD_VALUES = st.sampled_from(
+    [None, True, 0, -1, 2, 7, 300, 2.5, float('nan'), float('inf'), '', 'a', b'a', [], {}, ['a', 'b'], [0, 0], [8, 0]]
+    + [[8], [8, 8, 8], [1, 0], [0, 9], [[1], [2]], [None], {'a': 1}, (4, 16), torch.ones(2), torch.tensor(3)]
+)
+ODD_TENSORS = {
+    'no tensor': lambda t: None,
+    'text': lambda t: 'abc',
+    'list': lambda t: t.tolist(),
+    'scalar': lambda t: torch.tensor(1.0),
+    'empty': lambda t: t[:0],
+    'no patch': lambda t: t[..., :0],
+    'transposed': lambda t: t.T if t.ndim == 2 else t[None],
+    'flat': lambda t: t.flatten(),
+    'doubled': lambda t: torch.cat([t, t]),
+    'longer': lambda t: torch.cat([t, t], -1),
+    'one more': lambda t: torch.cat([t, t[:, :1]], 1) if t.ndim > 1 else t,
+    'sparse': lambda t: t.to_sparse(),
+    'meta': lambda t: t.to('meta'),
+    'nan': lambda t: t * float('nan'),
+    'infinite': lambda t: t + float('inf'),
+    'int8': lambda t: t.to(torch.int8),
+    'bool': lambda t: t > 0,
+    'complex': lambda t: t.to(torch.complex64),
+    'half': lambda t: t.half(),
+    'expanded': lambda t: t[..., :1].expand_as(t),
+}
+NAMES = ['blocks.x.y', 'blocks.1', 'blocks.9.attn.qkv.weight', 'pos_embed', 'head.weight', 'fuse_logits', 'norm.weight']
+NAMES += ['decoder_embed.weight', 'dist_token', 'encoder.cls_token', 'decode_head.a', 'backbone.a', 'head.0.a', '', '.']
+
+
+@functools.cache
+def contents():
+    """Checkpoints of each kind, as {'model': ..., 'args': ..., ...}."""
+    torch.manual_seed(0)
+    record = {'sizes': TINY, 'mean': [0.5] * 3, 'std': [0.5] * 3, 'step': 1, 'epoch': 1}
+    found = {}
+    for kind, build in MODELS.items():
+        found[kind] = {'model': build().state_dict(), 'args': RUN, **record}
+    found['classifier']['classes'] = ['a', 'b', 'c']
+    found['segmenter']['sizes'] = TINY | UPERNET | {'depth': 4}
+    found['older'] = {'model': found['mff']['model'], 'args': RUN}
+    found['foreign'] = {'model': found['mff']['model']}
+    return found
+
+
+def use(path, action):
+    """One of the ways in which a file of weights is used."""
+    flags = {**dict.fromkeys([*weights.ENCODER, 'model', 'input_size', 'mean', 'std']), 'init_from': path}
+    if action == 'settle':
+        return weights.settle(SimpleNamespace(**flags, **dict.fromkeys(weights.DECODER)))
+    if action == 'fine-tune':
+        settings = weights.settle(SimpleNamespace(**flags))
+        model = create_encoder(settings.sizes, global_pool='token')
+        weights.load_weights(model, path)
+        return model
+    if action == 'export':
+        return export.export(path, f'{path}.export')
+    if action in MODELS:
+        model = MODELS[action]()
+        weights.load_weights(model, path)
+        return model
+    return {'load_model': weights.load_model, 'load_encoder': weights.load_encoder}[action](path)[0]
+
+
+ACTIONS = ['settle', 'fine-tune', 'export', 'load_model', 'load_encoder', *MODELS]
+
+
+def check_use(path, action):
+    """One line that names the file, or a model whose weights are finite."""
+    try:
+        result = use(path, action)
+    except InputError as error:
+        assert '\n' not in str(error) and (path in str(error) or 'must' in str(error) or 'not a multiple' in str(error))
+        return str(error)
+    if isinstance(result, torch.nn.Module):
+        assert all(tensor.isfinite().all() for tensor in result.state_dict().values())
+    return None
+
+
+@given(source=st.data())
+@settings(fuzz, max_examples=300)
+def test_weights(source, tmp_path):
+    """Checkpoints of which some tensors, names and records are not what they should be."""
+    draw = source.draw
+    content = contents()[draw(st.sampled_from(sorted(contents())))]
+    content = {key: dict(value) if isinstance(value, dict) else value for key, value in content.items()}
+    for _ in range(draw(st.integers(1, 2))):
+        part = draw(st.sampled_from(['tensor', 'tensor', 'name', 'record', 'args', 'sizes']))
+        if part == 'tensor':
+            name = draw(st.sampled_from(sorted(content['model'])))
+            value = content['model'][name]
+            odd = ODD_TENSORS[draw(st.sampled_from(sorted(ODD_TENSORS)))]
+            if (
+                isinstance(value, torch.Tensor)
+                and value.is_floating_point()
+                and value.numel()
+                and value.layout == torch.strided
+            ):
+                content['model'][name] = odd(value) if value.ndim else torch.ones(1, 1)
+        elif part == 'name':
+            name = draw(st.sampled_from(sorted(content['model'])))
+            content['model'][draw(st.sampled_from(NAMES))] = content['model'].pop(name)
+        elif part == 'record':
+            content[draw(st.sampled_from(['args', 'sizes', 'mean', 'std', 'classes', 'step', 'model']))] = draw(
+                ODD_VALUES
+            )
+        elif isinstance(content.get(part), dict) and content[part]:
+            content[part][draw(st.sampled_from(sorted(content[part])))] = draw(ODD_VALUES)
+        if not isinstance(content.get('model'), dict) or not content['model']:
+            break
+    path = str(tmp_path / 'a.pth')
+    torch.save(content, path)
+    check_use(path, draw(st.sampled_from(ACTIONS)))

@@ -11,15 +11,31 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from timm.models._manipulate import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer
 
-from models_mff import MaskedAutoencoderMFF
+import main_finetune
+import main_linprobe
+import main_pretrain
+from models_mff import MaskedAutoencoderMFF, model_sizes
+from models_upernet import UperNet
 from util.errors import InputError
-from util.weights import adapt_channels, convert_state_dict, load_weights, read_weights
+from util.weights import (
+    ENCODER,
+    adapt_channels,
+    convert_state_dict,
+    file_settings,
+    load_encoder,
+    load_model,
+    load_weights,
+    random_encoder,
+    read_weights,
+    settle,
+)
 
 REFERENCE = Path(__file__).parent / 'data' / 'cls_tiny.pt'
 SIZES = {'patch_size': 8, 'embed_dim': 24, 'depth': 3, 'num_heads': 3}
@@ -426,3 +442,262 @@ def test_patch_embedding_is_adapted(channels):
     assert torch.allclose(model.patch_embed.proj.weight, expected, atol=1e-6)
     back = adapt_channels(expected, 3)
     assert back.shape == (24, 3, 8, 8)
+
+
+def test_square_of_as_many_patches_as_a_rectangle():
+    """timm before 1.0.29 returns such a position embedding as it is."""
+    source = mae(img_size=(16, 64)).state_dict()  # 2 x 8 patches
+    model = vit(img_size=32)  # 4 x 4
+    content = {'model': source, 'args': {'input_size': [16, 64]}}
+    assert load(model, content).endswith('resampled from 2 x 8 to 4 x 4')
+    patches = source['pos_embed'][:, 1:].reshape(1, 2, 8, -1).permute(0, 3, 1, 2)
+    patches = torch.nn.functional.interpolate(patches, (4, 4), mode='bicubic').flatten(2).transpose(1, 2)
+    assert torch.allclose(model.pos_embed[:, 1:], patches, atol=1e-6)
+
+
+# --- Impossible weights and records ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'name, change, message',
+    [
+        ('pos_embed', lambda t: torch.tensor(1.0), r'pos_embed has shape \(\), which does not fit \(1, 1\+L, D\)'),
+        ('head.weight', lambda t: torch.tensor(1.0), r'head\.weight has shape \(\)'),
+        ('patch_embed.proj.weight', lambda t: t[..., :0, :0], r'patch_embed\.proj\.weight has shape \(24, 3, 0, 0\)'),
+        ('patch_embed.proj.weight', lambda t: t[..., :4], r'patch_embed\.proj\.weight has shape \(24, 3, 8, 4\)'),
+        ('norm.bias', lambda t: t.to_sparse(), 'norm.bias is not a dense tensor in memory'),
+        ('norm.bias', lambda t: t.to('meta'), 'norm.bias is not a dense tensor in memory'),
+        ('norm.bias', lambda t: t.to(torch.int8), 'norm.bias holds numbers of type int8'),
+        ('norm.bias', lambda t: t.to(torch.complex64), 'norm.bias holds numbers of type complex64'),
+        ('norm.bias', lambda t: t / 0, 'norm.bias holds numbers that are not finite'),
+        ('norm.bias', lambda t: 0 * t / 0, 'norm.bias holds numbers that are not finite'),
+        ('norm.bias', lambda t: 'abc', 'norm.bias is not a tensor'),
+        ('fuse_logits', lambda t: 'abc', 'fuse_logits is not a tensor'),
+        ('blocks.x.y', lambda t: torch.ones(1), r'it has what this model has not: blocks\.x\.y'),
+    ],
+)
+def test_tensors_that_are_no_weights(name, change, message, tmp_path):
+    state = mae().state_dict() | {'head.weight': torch.ones(5, 24), 'head.bias': torch.ones(5)}
+    path = saved(tmp_path / 'a.pth', {'model': {**state, name: change(state.get(name))}})
+    model = mae(seed=2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(InputError, match=f'a.pth: .*{message}') as error:
+        load_weights(model, path)
+    assert '\n' not in str(error.value) and same(model.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        ({'args': {'input_size': ['a', 'b']}}, r"it records img_size \['a', 'b'\], which is not possible"),
+        ({'args': {'input_size': [32, 48]}}, '16 patches, is of an unknown rectangle'),
+        ({'args': {'input_size': None, 'model': 'vit_nano_patch4', 'fuse_layers': 5}}, 'unknown|block|not possible'),
+        ({'sizes': {'num_heads': 0}}, 'it records num_heads 0'),
+        (
+            {'sizes': {'num_heads': 7, 'fuse_layers': [0, 1, 2]}},
+            'embed_dim 24 must be a multiple of 4 .* and of num_heads 7',
+        ),
+        ({'sizes': {'mlp_ratio': float('nan')}}, 'it records mlp_ratio nan'),
+        ({'mean': [0.5]}, r'it records mean \(0\.5,\) and std .* for 3 channels'),
+        ({'std': [0.5, 0.5, 0]}, 'it records std'),
+        ({'std': torch.ones(3)}, 'it records std'),
+        ({'args': {'input_size': None, 'mask_ratio': 1}}, 'it records mask_ratio 1'),
+        ({'args': {'input_size': None, 'crop_pct': 0}}, 'it records crop_pct 0'),
+        ({'classes': [1, 2]}, 'classes are no list of names'),
+    ],
+)
+def test_records_that_are_not_possible(change, message, tmp_path):
+    content = {'model': mae().state_dict(), 'args': {'input_size': [32, 32]}, **change}
+    with pytest.raises(InputError, match=message) as error:
+        load_model(saved(tmp_path / 'a.pth', content))
+    assert '\n' not in str(error.value)
+
+
+# --- What a file tells of its model ---------------------------------------------------------------------------
+
+NANO = model_sizes('vit_nano_patch4', img_size=(16, 24), in_chans=1, embed_dim=48, num_heads=6, fuse_layers=(1, 3))
+
+
+def run_of(sizes, model='vit_nano_patch4', **content):
+    """What a run of pre-training saves."""
+    state = randomise(MaskedAutoencoderMFF(**sizes)).state_dict()
+    sizes = {name: list(value) if isinstance(value, tuple) else value for name, value in sizes.items()}
+    flags = {'model': model, 'input_size': sizes['img_size'], 'norm_pix_loss': False, 'mask_ratio': 0.6}
+    statistics = {'mean': [0.2] * sizes['in_chans'], 'std': [0.3] * sizes['in_chans']}
+    return {'model': state, 'args': flags, 'sizes': sizes, **statistics, **content}
+
+
+def settled(job, *flags):
+    settings = settle(job.get_parser().parse_args(list(map(str, flags))))
+    return settings, {key: value for key, value in settings.sizes.items() if job is main_pretrain or key in ENCODER}
+
+
+def test_settings_follow_the_checkpoint(tmp_path):
+    path = saved(tmp_path / 'a.pth', run_of(NANO))
+    for job in (main_pretrain, main_finetune, main_linprobe):
+        settings, sizes = settled(job, '--init_from', path)
+        assert sizes == {key: value for key, value in NANO.items() if key in sizes} and len(sizes) >= 7
+        assert (settings.mean, settings.std, settings.notes) == ((0.2,), (0.3,), ())
+        assert settled(job, '--init_from', path, '--model', 'mff_vit_nano_patch4')[1] == sizes  # of the same name
+    model, settings = load_model(path)
+    assert settings.sizes == NANO and settings.flags.mask_ratio == 0.6
+    assert model.norm_pix_loss is False and model.fuse_layers == (1, 3)
+    encoder = load_encoder(path)[0]
+    imgs = torch.randn(2, 1, 16, 24)
+    with torch.no_grad():
+        assert torch.allclose(encoder.forward_features(imgs), model.forward_features(imgs), atol=1e-6)
+
+
+def test_flags_win_and_what_differs_is_named(tmp_path):
+    path = saved(tmp_path / 'a.pth', run_of(NANO))
+    flags = ['--init_from', path, '--input_size', 32, '--in_chans', 3, '--std', 0.1, 0.2, 0.4]
+    settings, sizes = settled(main_finetune, *flags)
+    assert sizes['img_size'] == (32, 32) and sizes['in_chans'] == 3 and sizes['embed_dim'] == 48
+    assert settings.mean == (0.485, 0.456, 0.406) and settings.std == (0.1, 0.2, 0.4)  # the file's are for one channel
+    assert 'input_size 32 32, where the checkpoint has 16 24' in settings.notes
+    assert 'in_chans 3, where the checkpoint has 1' in settings.notes and len(settings.notes) == 4
+    settings, sizes = settled(main_pretrain, '--init_from', path, '--fuse_layers', 0, 3, '--decoder_depth', 2)
+    assert sizes == NANO | {'fuse_layers': (0, 3), 'decoder_depth': 2}
+    assert settings.notes == (
+        'decoder_depth 2, where the checkpoint has 1',
+        'fuse_layers 0 3, where the checkpoint has 1 3',
+    )
+    settings, sizes = settled(main_pretrain, '--init_from', path, '--model', 'vit_small_patch16', '--input_size', 32)
+    assert sizes['embed_dim'] == 384 and sizes['in_chans'] == 1 and sizes['fuse_layers'] == (3, 5, 7, 11)
+    assert 'embed_dim 384, where the checkpoint has 48' in settings.notes
+    with pytest.raises(InputError, match='width 48, depth 4 .* width 384, depth 12 .*; without --model'):
+        load_weights(MaskedAutoencoderMFF(**sizes), path)
+    assert settled(main_pretrain, '--init_from', path, '--depth', 5)[1]['fuse_layers'] == (0, 1, 2, 4)
+
+
+def test_settings_without_a_checkpoint():
+    settings, sizes = settled(main_pretrain)
+    assert sizes == model_sizes('vit_base_patch16') and settings.mean == (0.485, 0.456, 0.406)
+    settings, sizes = settled(main_pretrain, *'--model mff_vit_tiny_patch4 --in_chans 2 --embed_dim 96'.split())
+    assert sizes == model_sizes('vit_tiny_patch4', in_chans=2, embed_dim=96)
+    assert settings.mean == settings.std == (0.5, 0.5) and settings.notes == ()
+    for flags, message in [
+        ('--embed_dim 90', 'embed_dim 90 must be a multiple of 4'),
+        ('--embed_dim 768 --num_heads 7', 'of num_heads 7'),
+        ('--decoder_embed_dim 100 --decoder_num_heads 3', 'decoder_embed_dim 100 .* decoder_num_heads 3'),
+        ('--patch_size 10', 'image size 224 x 224 is not a multiple of patch size 10'),
+        ('--depth 5 --fuse_layers 0 11', 'must end with the last block, which is 4'),
+        ('--mean 0.5', '--mean has 1 numbers, but the images have 3 channels'),
+        ('--model resnet', "no model 'resnet'"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            settled(main_pretrain, *flags.split())
+
+
+@pytest.mark.parametrize('kind', ['fine-tuned', 'probe', 'older'])
+def test_settings_of_other_checkpoints_of_ours(kind, tmp_path):
+    sizes = NANO | {'in_chans': 3}
+    model = vit(**{key: sizes[key] for key in ENCODER if key != 'img_size'}, img_size=sizes['img_size'])
+    content = run_of(sizes, classes=list('abcde')) | {'model': model.state_dict()}
+    if kind == 'probe':  # main_linprobe's names
+        encoder = {f'backbone.{name}': tensor for name, tensor in encoder_of(run_of(sizes)['model']).items()}
+        head = {'bn.running_mean': torch.ones(48), 'bn.running_var': torch.ones(48)}
+        head |= {'head.weight': torch.ones(5, 48), 'head.bias': torch.ones(5)}
+        content['model'] = encoder | head
+    if kind == 'older':  # flags alone told, and the name had 'mff_' before it
+        sizes = model_sizes('vit_nano_patch4', img_size=(16, 24), fuse_layers=(1, 3))
+        content = run_of(sizes, model='mff_vit_nano_patch4')
+        content['args'] |= {'fuse_layers': [1, 3], 'mean': [0.2] * 3, 'std': [0.3] * 3, 'in_chans': 3}
+        del content['sizes'], content['mean'], content['std']
+    settings = file_settings(saved(tmp_path / 'a.pth', content))
+    assert settings.sizes == sizes and (settings.mean, settings.std) == ((0.2,) * 3, (0.3,) * 3)
+    assert settings.classes == (None if kind == 'older' else list('abcde'))
+
+
+def test_settings_of_files_whose_shapes_tell(tmp_path):
+    sizes = model_sizes('vit_tiny_patch4', patch_size=8, img_size=24, in_chans=4)  # width 192: 3 heads
+    mff, single = (MaskedAutoencoderMFF(**sizes | change).state_dict() for change in ({}, {'fuse_layers': (11,)}))
+    for state in (mff, mmpretrain_names(mff)):
+        settings = file_settings(saved(tmp_path / 'a.pth', {'state_dict': state}))
+        assert settings.sizes == sizes and settings.mean == (0.5,) * 4
+        assert settings.flags.norm_pix_loss is None and settings.flags.mask_ratio == 0.75
+    path = saved(tmp_path / 'mae.pth', {'model': single})
+    assert file_settings(path).sizes == sizes | {'fuse_layers': (11,)}  # which it is
+    assert load_model(path)[0].fuse_layers == (11,)
+    assert settled(main_pretrain, '--init_from', path)[1] == sizes  # which pre-training makes of it
+    three = MaskedAutoencoderMFF(**sizes | {'fuse_layers': (0, 5, 11)}).state_dict()
+    path = saved(tmp_path / 'three.pth', {'model': three})
+    for use in (load_model, lambda path: settled(main_pretrain, '--init_from', path)):
+        with pytest.raises(InputError, match='it does not record which blocks it fuses'):
+            use(path)
+    assert settled(main_pretrain, '--init_from', path, '--fuse_layers', 0, 5, 11)[1]['fuse_layers'] == (0, 5, 11)
+    assert load_encoder(path)[0].embed_dim == 192  # no one needs to know
+    other = vit('token', embed_dim=320, depth=2, num_heads=5).state_dict()
+    assert file_settings(saved(tmp_path / 'a.pth', other)).sizes['num_heads'] == 5  # 64 channels each
+
+
+def test_timms_vit_tiny(tmp_path):
+    model = timm.create_model('vit_tiny_patch16_224', num_classes=7)
+    settings, sizes = settled(main_finetune, '--init_from', saved(tmp_path / 'a.pth', model.state_dict()))
+    assert (sizes['embed_dim'], sizes['depth'], sizes['num_heads'], sizes['patch_size']) == (192, 12, 3, 16)
+    encoder, imgs = load_encoder(tmp_path / 'a.pth')[0], torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.allclose(encoder.forward_features(imgs), model.eval().forward_features(imgs), atol=1e-5)
+
+
+def test_random_encoder_starts_as_pre_training_does():
+    sizes = model_sizes('vit_nano_patch4', depth=2)
+    torch.manual_seed(3)
+    start = MaskedAutoencoderMFF(**sizes | {'fuse_layers': (1,)}).state_dict()
+    torch.manual_seed(3)
+    assert same(random_encoder(sizes).state_dict(), encoder_of(start))
+
+
+# --- Segmentation: into and out of UperNet --------------------------------------------------------------------
+
+HEAD = {'levels': (0, 1, 2, 3), 'channels': 6, 'aux_channels': 5}
+
+
+def upernet(num_classes=4, seed=0, **sizes):
+    torch.manual_seed(seed)
+    sizes = {'img_size': 32, **SIZES, 'depth': 4, **sizes}
+    return randomise(UperNet(**sizes, **HEAD, num_classes=num_classes))
+
+
+@pytest.mark.parametrize('origin', ['MFF', 'mmpretrain', 'classifier'])
+def test_pretrained_encoders_into_upernet(origin, tmp_path):
+    source = vit('token', depth=4) if origin == 'classifier' else mae(depth=4, fuse_layers=(1, 3))
+    state = mmpretrain_names(source.state_dict()) if origin == 'mmpretrain' else source.state_dict()
+    model = upernet(img_size=32, seed=2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    line = load(model, state)
+    assert 'freshly initialised: relative positions and layer scales, pyramid, classifier of 4 classes' in line
+    theirs = source.state_dict()
+    for name, tensor in model.state_dict().items():
+        plain, third = name.removeprefix('encoder.'), 24
+        if plain.endswith(('q_bias', 'v_bias')):
+            bias = theirs[f'{plain[:-6]}qkv.bias']
+            expected = bias[:third] if plain.endswith('q_bias') else bias[-third:]
+        elif name.startswith('encoder.') and not plain.endswith(('_table', 'gamma_1', 'gamma_2')):
+            expected = theirs[plain]
+        else:
+            expected = before[name]
+        assert torch.equal(tensor, expected), name
+    with pytest.raises(InputError, match='lacks relative positions .*, needed here'):
+        load(upernet(), state, complete=True)
+    line = load(model := upernet(img_size=(16, 48)), state)
+    assert line.endswith('position embedding resampled from 4 x 4 to 2 x 6')
+    expected = resample_abs_pos_embed(theirs['pos_embed'], [2, 6], [4, 4], antialias=False)
+    assert torch.allclose(model.encoder.pos_embed, expected, atol=1e-6)
+    assert line.count('encoder') == 0
+
+
+def test_segmenters(tmp_path):
+    source = upernet().state_dict()
+    content = {'model': source, 'args': {'input_size': [32, 32], 'model': 'x'}, 'classes': list('abcd')}
+    model = upernet(seed=2)
+    assert load(model, content, complete=True) == "this project's segmenter with 4 classes"
+    assert same(model.state_dict(), source)
+    line = load(upernet(7), content)
+    assert line.endswith('left out: classifier of 4 classes; freshly initialised: classifier of 7 classes')
+    with pytest.raises(InputError, match=r'differs in shape: encoder\.pos_embed'):  # relative positions fix the grid
+        load(upernet(img_size=64), content)
+    with pytest.raises(InputError, match='segmenter with 4 classes; it lacks cls_token'):
+        load(vit(depth=4), content)
+    settings = file_settings(saved(tmp_path / 'a.pth', content))
+    assert settings.sizes['num_heads'] == 3 and settings.classes == list('abcd')  # the tables have a column per head

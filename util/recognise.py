@@ -64,7 +64,7 @@ def check_tensors(state):
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor):
             problem = 'is not a tensor'
-        elif tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested or tensor.is_quantized:
+        elif tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
             problem = 'is not a dense tensor in memory'
         elif name.endswith('.num_batches_tracked') and tensor.dtype == torch.int64:
             continue
@@ -111,7 +111,7 @@ def find_records(content):
         sizes = MODELS.get(str(args.get('model')).removeprefix('mff_'), {}) | {'img_size': args['input_size']}
         sizes = sizes | without_none({key: args.get(key) for key in ('in_chans', 'fuse_layers')})
     records = {key: sizes.get(key) for key in ENCODER + DECODER}
-    records |= {key: content.get(key) or args.get(key) for key in ('mean', 'std')}
+    records |= {key: content.get(key, args.get(key)) for key in ('mean', 'std')}
     records |= {key: args.get(key) for key in ('mask_ratio', 'crop_pct')}
     return {key: check_record(key, value) for key, value in without_none(records).items()}
 
@@ -123,7 +123,7 @@ def check_record(key, value):
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     enough = len(values) == count if count else values
     if not enough or any(type(number) not in types or not low <= number <= high for number in values):
-        raise InputError(f'it records {key} {value!r}, which is not possible')
+        raise InputError(f'it records {key} {" ".join(repr(value).split())}, which is not possible')
     return values[0] if count == 1 else values
 
 
