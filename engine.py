@@ -194,6 +194,8 @@ def train(run, model, optimizer, loss_fn, loader, events, title=''):
                 log.entry(step, step / schedule.steps_per_epoch, events.neighbours())
             if step > 0 and (step_in_epoch == 0 or is_end):
                 loader.bad.count = 0
+                if epoch == 1 and (note := loader.bad.flat_note()):
+                    log.say(note)
                 if events.evaluate and (epoch % args.eval_every == 0 or is_end):
                     metrics = events.evaluate()
                     log.entry(step, step / schedule.steps_per_epoch, metrics)

@@ -122,6 +122,7 @@ def report_features(args, encoder, settings, train_source, val_source, origin):
     device = distributed.start(distributed.choose_device(args.device))
     encoder.to(device)
     train, val = (extract(args, encoder, settings, source, device) for source in (train_source, val_source))
+    num_images = sum(distributed.gather(len(val[1])))  # without those that cannot be read
     results = {}
     if args.knn:
         results[f'{args.knn}-nearest-neighbour'] = features.neighbour_accuracy(train, val, args.knn, device)
@@ -130,7 +131,7 @@ def report_features(args, encoder, settings, train_source, val_source, origin):
     if distributed.world()[0] == 0:
         for method, accuracy in results.items():
             for name, top1 in accuracy.items():
-                print(f'{method} top-1 {top1:.2f} %  by the {name}, on {len(val_source)} images; {origin}')
+                print(f'{method} top-1 {top1:.2f} %  by the {name}, on {num_images} images; {origin}')
     distributed.stop()
 
 

@@ -6,15 +6,16 @@ import multiprocessing
 import os
 import shutil
 import signal
-import tarfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from util import data, resize, transforms
+from util import resize, transforms
 from util.args import run
+from util.images import array_to_tensor
+from util.sources import Options, open_source
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def resized(tmp_path):
 
     def start(src, *flags):
         argv = [str(src), str(tmp_path / 'copy'), '--size', '16', '--num_workers', '0']
-        run(resize.main, resize.get_parser(), [*argv, '--download_dir', str(tmp_path / 'cache'), *map(str, flags)])
+        run(resize.main, resize.get_parser(), [*argv, *map(str, flags)])
         return tmp_path / 'copy'
 
     return start
@@ -61,7 +62,7 @@ def test_a_lossless_copy_gives_the_same_run(folder, resized, pretrain):
 @pytest.mark.parametrize('flags', [['--lossless'], ['--quality', '95'], ['--quality', '60']])
 def test_pixels_are_those_of_the_uncached_path(flags, resized, tmp_path):
     src = photographs(tmp_path / 'src')
-    source, copy = data.open_source(str(src), 'train'), data.open_source(str(resized(src, *flags)), 'train')
+    source, copy = open_source(str(src), 'train'), open_source(str(resized(src, *flags)), 'train')
     cover = transforms.Cover((16, 16))
     for index in range(len(source)):
         uncached, cached = cover(source[index][0]), copy[index][0]
@@ -81,36 +82,10 @@ def test_names_labels_and_order(folder, resized, tmp_path, workers, capsys):
     copy = resized(tmp_path / 'src', '--num_workers', workers)
     assert sorted(path.name for path in copy.iterdir()) == ['resize.json', 'train', 'validation']
     for split in ('train', 'val'):
-        source = data.open_source(str(folder), split)
+        source = open_source(str(folder), split)
         expected = [(f'{name}.jpg', label) for name, label in labelled(source)]
-        assert labelled(data.open_source(str(copy), split)) == expected
-    size = sum(path.stat().st_size for path in copy.glob('train/*/*'))
-    assert f'64 images, 0.0 MB, in {copy} {size / 1e6:.1f} MB' in capsys.readouterr().out
-
-
-def test_a_tar(folder, resized, tmp_path):
-    with tarfile.open(tmp_path / 'all.tar', 'w') as archive:
-        archive.add(folder, 'shapes/deep')
-    copy = resized(tmp_path / 'all.tar', '--lossless')
-    cover = transforms.Cover((16, 16))
-    for split in ('train', 'val'):
-        source, copied = data.open_source(str(folder), split), data.open_source(str(copy), split)
-        assert [label for _, label in labelled(copied)] == [label for _, label in labelled(source)]
-        assert torch.equal(copied[5][0], cover(source[5][0]))
-
-
-def test_a_list_stays_a_list(folder, resized, tmp_path):
-    """Its order and its classes, which have nothing to do with the folders."""
-    train = data.open_source(str(folder), 'train')
-    paths = [train.path(index) for index in (40, 3, 3, 17)]
-    lines = [paths[0], os.path.relpath(paths[1], tmp_path), paths[2], paths[3]]
-    (tmp_path / 'list.txt').write_text(''.join(f'{line}\t{"ab"[i % 2]}\n' for i, line in enumerate(lines)))
-    copy = resized(tmp_path / 'list.txt', '--lossless')
-    copied, cover = data.open_source(str(copy / 'list.txt'), 'train'), transforms.Cover((16, 16))
-    assert [label for _, label in labelled(copied)] == ['a', 'b', 'a', 'b']
-    for index, number in enumerate((40, 3, 3, 17)):
-        assert torch.equal(copied[index][0], cover(train[number][0]))
-    assert len(list(copy.rglob('*.bmp'))) == 3
+        assert labelled(open_source(str(copy), split)) == expected
+    assert f'84 images, 0.1 MB, in {copy} 0.1 MB' in capsys.readouterr().out
 
 
 def test_arrays_and_grey(resized, tmp_path):
@@ -118,11 +93,18 @@ def test_arrays_and_grey(resized, tmp_path):
     (tmp_path / 'arrays').mkdir()
     np.save(tmp_path / 'arrays/a.npy', array)
     copy = resized(tmp_path / 'arrays', '--in_chans', '5')
-    expected = transforms.Cover((16, 16))(transforms.array_to_tensor(array, 5))
-    assert torch.equal(data.open_source(str(copy), 'train', 5)[0][0], expected)
+    expected = transforms.Cover((16, 16))(array_to_tensor(array, 5))
+    assert torch.equal(open_source(str(copy), options=Options(in_chans=5))[0][0], expected)
     shutil.rmtree(copy)
     copy = resized(photographs(tmp_path / 'grey'), '--in_chans', '1')
     assert Image.open(copy / '0.JPEG').mode == 'L' and (copy / 'drawn.png.jpg').exists()
+
+
+def test_transparent_images_are_composited_once(resized, tmp_path):
+    (tmp_path / 'src').mkdir()
+    Image.new('RGBA', (20, 20)).save(tmp_path / 'src/a.png')
+    copy = resized(tmp_path / 'src', '--lossless', '--background', '1', '2', '3')
+    assert np.array(Image.open(copy / 'a.png.bmp')).reshape(-1, 3).tolist() == [[1, 2, 3]] * 256
 
 
 # --- Interruptions and faults ---------------------------------------------------------------------------------
@@ -152,28 +134,30 @@ def killed_at(count, start, *arguments):
 def test_a_killed_copy_goes_on(folder, resized, tmp_path):
     whole = contents(resized(folder))
     shutil.rmtree(tmp_path / 'copy')
-    for count in (1, 30, 40):  # the third is killed in val/
+    for count in (1, 30, 40):  # the first is about to write resize.json
         killed_at(count, resized, folder)
         there = {name: text for name, text in contents(tmp_path / 'copy').items() if '.tmp' not in name}
         assert there.items() <= whole.items()
         written = {name: (tmp_path / 'copy' / name).stat().st_ino for name in there}
-    assert len(there) == 1 + 29 + 39
+    assert len(there) == 29 + 39
     assert contents(resized(folder)) == whole
     assert all((tmp_path / 'copy' / name).stat().st_ino == number for name, number in written.items())
 
 
 def test_bad_images_are_left_out_and_listed(folder, resized, tmp_path, capsys):
     shutil.copytree(folder / 'train', tmp_path / 'src')
-    bad = sorted((tmp_path / 'src').rglob('*.png'))[10]
-    bad.write_bytes(b'no image')
+    bad = sorted((tmp_path / 'src').rglob('*.png'))[10:14]
+    for path in bad:
+        path.write_bytes(b'no image')
     with pytest.raises(SystemExit) as exit:
         resized(tmp_path / 'src')
-    assert exit.value.code == 1 and '1 of 64 images cannot be read, more than --max_bad' in capsys.readouterr().err
+    assert exit.value.code == 1 and '4 of 64 images cannot be read, more than --max_bad' in capsys.readouterr().err
     for _ in range(2):
         copy = resized(tmp_path / 'src', '--max_bad', '0.1')
-        assert (copy / 'bad_images.txt').read_text() == f'{bad}\tno image of a known format\n'
-        assert len(data.open_source(str(copy), 'train')) == 63
-    assert '1 that cannot be read left out' in capsys.readouterr().out
+        listed = (copy / 'bad_images.txt').read_text()
+        assert listed == ''.join(f'{path}\tno image of a known format\n' for path in bad)
+        assert len(open_source(str(copy), 'train')) == 60
+    assert 'Left out, as they cannot be read: 4 (see ' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -183,6 +167,7 @@ def test_bad_images_are_left_out_and_listed(folder, resized, tmp_path, capsys):
         (['--lossless'], 'was made with'),
         (['--in_chans', '1'], 'was made with'),
         (['--size', '16', '24'], 'was made with'),
+        (['--background', '0', '0', '0'], 'was made with'),
     ],
 )
 def test_a_copy_is_of_one_kind(flags, message, folder, resized, capsys):
@@ -200,12 +185,12 @@ def test_mistakes(folder, resized, tmp_path, capsys):
             resized(src)
         assert exit.value.code == 2 and message in capsys.readouterr().err
 
-    refused('shapes', 'only images in files can be copied')
-    refused(tmp_path / 'nothing', 'no such folder or file')
+    refused('shapes', 'not a folder of images')
+    refused(tmp_path, 'no image')
     photographs(tmp_path / 'src', 2)
     shutil.copy(tmp_path / 'src/drawn.png', tmp_path / 'src/drawn.png.jpg')
     refused(tmp_path / 'src', 'two images would get one name')
-    shutil.rmtree(tmp_path / 'copy')
+    assert not (tmp_path / 'copy').exists()
     photographs(tmp_path / 'copy')
     refused(folder, 'not empty')
     shutil.copytree(tmp_path / 'copy', tmp_path / 'above/images')

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import Result, command
 
-from util import data, tar
-from util.args import InputError
+from util import sources, tar
+from util.errors import InputError
 
 
 def pack(path, root, top='.'):
@@ -66,7 +66,7 @@ def image(folder, number=0):
 
 
 def open_source(path, cache, split='train', **options):
-    return data.open_source(str(path), split, download_dir=str(cache), **options)
+    return sources.open_source(str(path), split, sources.Options(download_dir=str(cache), **options))
 
 
 # --- Against the folder ---------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def test_flat_tar_has_no_labels(folder, tmp_path, pretrain, finetune, capsys):
     assert len(pretrain('run', *flags).losses) == 1
     with pytest.raises(SystemExit) as exit:
         finetune('run2', *flags, '--val_path', str(path))
-    assert exit.value.code == 2 and 'labels are missing' in capsys.readouterr().err
+    assert exit.value.code == 2 and 'no labels; use one folder per class' in capsys.readouterr().err
 
 
 def test_members_of_all_kinds(folder, tmp_path):
@@ -201,7 +201,7 @@ def test_index_is_kept_until_the_tar_changes(folder, tmp_path, capsys):
 def test_without_a_place_for_the_index(folder, tmp_path, capsys):
     (tmp_path / 'file').touch()
     assert len(open_source(one_tar(folder, tmp_path), tmp_path / 'file')) == 64
-    assert 'the index is built anew' in capsys.readouterr().out
+    assert 'the index cannot be cached' in capsys.readouterr().out
 
 
 def test_memory_is_arrays_only(folder, tmp_path):

@@ -81,6 +81,7 @@ def leave(code):
     workers = multiprocessing.active_children()
     if not workers:
         sys.exit(code)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each
     for worker in workers:
         worker.kill()
     sys.stdout.flush()

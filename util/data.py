@@ -23,7 +23,6 @@ from util import distributed
 from util.errors import InputError, RunError
 from util.transforms import normalise
 
-SLOW_DATA = 'The device waits for data for {share:.0%} of the time; docs/data.md says what helps'
 FLAT = 'one flat colour'  # a problem of an image that is used all the same
 MIN_BAD = 3  # images that may be bad in any data set, unless --max_bad is 0
 MAX_PREFETCH, PREFETCH_BYTES = 4, 2e9  # batches that a worker loads ahead, and what all of them may hold
@@ -146,10 +145,12 @@ class BadImages:
             raise RunError(message) if distributed.world()[0] == 0 else SystemExit(1)
 
     def flat_note(self):
-        """A sentence on the images of one colour that this process has used."""
-        example = next((path for path, line in self.lines.items() if line.endswith(FLAT)), '')
-        where = f'; see {self.file}' if self.file else ''
-        return f'{self.flat} images are {FLAT}, such as {example}{where}'
+        """A sentence on the images of one colour that all processes have used so far, or ''. All of them call it."""
+        example = next((path for path, line in self.lines.items() if line.endswith(FLAT)), None)
+        counts, examples = zip(*distributed.gather((self.flat, example)))
+        if not sum(counts):
+            return ''
+        return f'{sum(counts)} images are {FLAT}, such as {next(filter(None, examples))}; see {self.file}'
 
 
 # --- Which samples a process sees -----------------------------------------------------------------------------

@@ -55,6 +55,8 @@ def main(args):
     if not os.path.isdir(args.src):
         raise InputError(f'{args.src}: not a folder of images')
     names = sources.find_files(args.src, sources.EXTENSIONS)
+    if not names:
+        raise InputError(f'{args.src}: no image in it or in the folders below')
     source = sources.ImageFiles(args.src, names, sources.Options(args.in_chans, tuple(args.background)))
     sources.check_readable(source, args.src, args.in_chans)
     copies = Copies(source, args)
@@ -150,7 +152,7 @@ def copy(copies, args):
             bar.update(len(results))
     print(f'{len(copies) - bad.count} images, {before / 1e6:.1f} MB, in {args.dst} {after / 1e6:.1f} MB')
     if bad.count:
-        print(f'{bad.count} images that cannot be read are left out; see {bad.file}')
+        print(f'Left out, as they cannot be read: {bad.count} (see {bad.file})')
 
 
 if __name__ == '__main__':
