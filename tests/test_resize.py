@@ -193,5 +193,5 @@ def test_mistakes(folder, resized, tmp_path, capsys):
     assert not (tmp_path / 'copy').exists()
     photographs(tmp_path / 'copy')
     refused(folder, 'not empty')
-    shutil.copytree(tmp_path / 'copy', tmp_path / 'above/images')
+    (tmp_path / 'src/drawn.png.jpg').unlink()
     refused(tmp_path, 'lies inside')
