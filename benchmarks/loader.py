@@ -21,7 +21,6 @@ from PIL import Image
 from torchvision import transforms as v1
 
 from benchmarks import report
-from benchmarks.step import synchronise
 from util import data, distributed, resize, sources, transforms
 from util.args import ArgumentParser, number, run
 
@@ -126,11 +125,11 @@ def images_per_second(samples, workers, device, args):
         batches, clock = iter(torch.utils.data.DataLoader(samples, batch_sampler=keys)), time.process_time
     for _ in range(first):
         next(batches)
-    synchronise(device)
     began, count = clock(), 0
     for images, *_ in batches:
         count += len(images)
-    synchronise(device)
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
     return count / (clock() - began)
 
 

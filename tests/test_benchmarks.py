@@ -7,9 +7,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import listing, loader, report, scaling, startup, step
+from benchmarks import report, scaling, startup, step
 from models_mff import create_model
-from util import data
 from util.args import run
 
 
@@ -65,17 +64,6 @@ def test_table_of_scaling():
     assert [row['images/s'] for row in rows] == ['5 (5 to 5)', '8 (8 to 8)']
 
 
-def test_table_of_loaders():
-    rounds = {
-        ('simple', 1): [{'plain': 100.0, 'ours': 200.0, 'resized': 500.0}] * 2
-        + [{'plain': 100.0, 'ours': 300.0, 'resized': 900.0}]
-    }
-    (row,) = loader.summarise(rounds)
-    assert (row['crop'], row['by']) == ('simple', '1 worker')
-    assert row['ours : plain'] == '2 (2 to 3)' and row['resized : plain'] == '5 (5 to 9)'
-    assert row['plain, images/s'] == '100 (100 to 100)'
-
-
 def test_table_is_markdown():
     assert report.table([{'a': 1, 'b': 'x'}, {'a': 2, 'b': 'y'}]) == '| a | b |\n| --- | --- |\n| 1 | x |\n| 2 | y |'
 
@@ -115,14 +103,6 @@ def test_scaling_runs(benchmark, tmp_path):
     assert all(seconds > 0 for seconds in result['rounds']['2'][0].values())
 
 
-def test_listing_runs(tmp_path):
-    flags = f'--files 2500 --workers 1 --images 50 --rounds 1 --place {tmp_path} --out {tmp_path}/out'.split()
-    listing.main(listing.get_parser().parse_args(flags))
-    table = json.loads((tmp_path / 'out.json').read_text())['table']
-    assert [row['by'] for row in table] == ['ImageFolder', 'ours', 'ours, kept']
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []  # the files are deleted
-
-
 def test_startup_runs(monkeypatch, capsys):
     monkeypatch.setattr(startup, 'ROUNDS', 1)
     startup.main(['@recipes/demo_pretrain.txt', '--total_batch_size', '2', '--num_workers', '0', '--device', 'cpu'])
@@ -132,41 +112,10 @@ def test_startup_runs(monkeypatch, capsys):
         startup.seconds(['main_pretrain.py', '--data_path', 'nowhere'], until='step 1/')
 
 
-@pytest.mark.parametrize('crop', ['simple', 'rrc'])
-def test_plain_pipeline_gives_what_ours_does(crop, folder):
-    """Both crop the same images in the same way: over many draws they have the same mean and deviation."""
-    source, keys, means = data.open_source(str(folder), 'train'), data.fixed_batches(64, 32) * 4, []
-    torch.manual_seed(0)
-    for samples in (loader.Plain(source, crop), loader.ours(source, crop)):
-        batches = [images for images, _ in loader.batches_on(torch.device('cpu'), samples, keys, 0)]
-        assert len(batches) == 8 and all(images.shape == (32, 3, 224, 224) for images in batches)
-        means.append([torch.cat(batches).mean(), torch.cat(batches).std()])
-    assert torch.allclose(torch.tensor(means[0]), torch.tensor(means[1]), atol=0.03)
-
-
-def test_loader_runs(benchmark, folder, tmp_path):
-    flags = f'--data_path {folder} --crops simple --workers 1 --batch_size 8 --images 8 --rounds 2'
-    assert 'mean difference 0.' in benchmark(loader, flags)  # drawn shapes lose little to JPEG
-    result = json.loads((tmp_path / 'out.json').read_text())
-    assert [row['by'] for row in result['table']] == ['one core', '1 worker']
-    assert all(rate > 0 for turns in result['rounds'].values() for turn in turns for rate in turn.values())
-
-
-def test_a_copy_that_lacks_an_image_is_not_compared(folder, tmp_path):
-    """Images that cannot be read are left out of a copy, and replaced where the source is read."""
-    from shutil import copytree
-
-    copytree(folder / 'val', tmp_path / 'val')
-    source = data.open_source(str(tmp_path / 'val'), 'train')
-    next(iter((tmp_path / 'val').rglob('*.png'))).unlink()
-    assert 'not compared' in loader.difference(source, data.open_source(str(tmp_path / 'val'), 'train'))
-
-
 @pytest.mark.parametrize(
     'module, flags, message',
     [
         (scaling, '--processes 3 --total_batch_size 32', '30 or 33 can'),
-        (loader, '--data_path shapes', 'only images in files can be copied'),
         (step, '--models huge --variants mmpretrain --device abacus', 'no such device'),
     ],
 )
