@@ -31,7 +31,7 @@ def get_parser():
         help='share of patches hidden from the encoder (default: %(default)s)',
     )
     add('--norm_pix_loss', action=boolean, default=True, help='standardise each target patch (default: yes)')
-    add('--crop', choices=['simple', 'rrc'], default='simple', help="MFF's crop or MAE's (default: %(default)s)")
+    add('--crop', choices=['simple', 'rrc', 'none'], default='simple', help="MFF's, MAE's or none (default: %(default)s)")
     add('--grad_checkpointing', action=boolean, default=False, help='less memory: activations are computed twice')
     add('--knn_every', type=number(int, 1), metavar='EPOCHS', help='epochs between 20-NN accuracies; needs labels')
     variants.add_arguments(parser)
