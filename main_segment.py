@@ -51,6 +51,13 @@ def get_parser():
     add('--channels', type=count, help='width of the head (default: that of the encoder)')
     add('--aux_channels', type=count, help='width of the auxiliary head (default: 256, at most --channels)')
     add('--scale', type=count, nargs=2, metavar=('LONG', 'SHORT'), help='images fit in it (default: 4 crops, 1 crop)')
+    add(
+        '--scale_range',
+        type=number(float, 0.1, 10),
+        nargs=2,
+        default=[0.5, 2.0],
+        help=f'in training, times it {default}',
+    )
     add('--num_classes', type=number(int, 2, 255), help='where no classes.txt names the classes')
     add(
         '--reduce_zero_label',
@@ -88,7 +95,7 @@ def main(args):
     val_samples = segmentation.PairSamples(val_source, segmentation.unchanged)
     if args.eval:
         return report(args, model, val_samples, settings, window, origin)
-    augment = segmentation.TrainTransform(window.size, window.scale)
+    augment = segmentation.TrainTransform(window.size, window.scale, args.scale_range)
     samples = segmentation.PairSamples(train_source, augment, seed=args.seed)
     drop_path = mix.PlacedDropPath(model, args.seed)
 
@@ -181,10 +188,10 @@ def settle(args):
         ratios=tuple(args.scales),
         flip=args.flip,
     )
-    long, short = sorted(window.scale, reverse=True)
-    if 2 * short < min(size) or 2 * long < max(size):
+    if any(max(args.scale_range) * side < crop for side, crop in zip(sorted(window.scale), sorted(size))):
         raise InputError(
-            f'--scale {long} {short}: even twice enlarged, images are smaller than a crop of {size[0]} x {size[1]}'
+            f'--scale {window.scale[0]} {window.scale[1]}: images are smaller than the crop, {size[0]} x {size[1]}, '
+            f'at every --scale_range'
         )
     return dataclasses.replace(settings, sizes=sizes, classes=classes), labels, window
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tarfile
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
 import main_segment
-from tests.conftest import Result, command
+from tests.conftest import ROOT, Result, command
 from util import masks, optim, segmentation
 from util.args import run
 from util.shapes import Shapes
@@ -54,15 +55,6 @@ def open_pairs(data_path, *flags, only_val=False, **labels):
     args = main_segment.get_parser().parse_args(['--data_path', str(data_path), *map(str, flags)])
     sizes = {'in_chans': 3, 'img_size': (16, 16)}
     return masks.open_pairs(args, sizes, masks.Labels(**labels), only_val)
-
-
-def fails(capsys, *arguments):
-    """The message of a run that a mistake ends before training: one line, exit code 2."""
-    with pytest.raises(SystemExit) as exit:
-        segment(*arguments)
-    message = capsys.readouterr().err
-    assert exit.value.code == 2 and message.count('\n') == 1
-    return message
 
 
 # --- Data -----------------------------------------------------------------------------------------------------
@@ -183,9 +175,7 @@ def test_flags_reach_what_they_are_for(pairs, tmp_path, monkeypatch):
         seen.update(run=run, model=model, optimizer=optimizer, loader=loader, events=events)
 
     monkeypatch.setattr(main_segment.engine, 'train', stop)
-    flags = (
-        '--scale 64 20 --levels 0 1 2 3 --drop_path 0.3 --layer_decay 0.5 --weight_decay 0.1 --betas 0.8 0.9'.split()
-    )
+    flags = '--scale 64 20 --scale_range 1 1.5 --levels 0 1 2 3 --drop_path 0.3 --layer_decay 0.5 --weight_decay 0.1 --betas 0.8 0.9'.split()
     with pytest.raises(KeyError, match='best_miou'):
         segment(pairs, tmp_path, *flags)
     schedule, model = seen['run'].schedule, seen['model']
@@ -196,7 +186,7 @@ def test_flags_reach_what_they_are_for(pairs, tmp_path, monkeypatch):
     assert {group['weight_decay'] for group in groups} == {0.0, 0.1} and groups[0]['betas'] == (0.8, 0.9)
     assert {group['lr_scale'] for group in groups} == {0.5**layer for layer in range(6)}
     transform = seen['loader'].batches.dataset.transform
-    assert (transform.size, transform.scale) == ((16, 16), (64, 20))
+    assert (transform.size, transform.scale, transform.ratios) == ((16, 16), (64, 20), [1, 1.5])
     assert seen['events'].best == 'val_miou'
 
 
@@ -239,15 +229,47 @@ def test_prediction_is_at_the_images_own_size(pairs, tmp_path, capsys):
     assert overlay.width > predicted.width and overlay.height >= predicted.height
 
 
+# --- Recipes --------------------------------------------------------------------------------------------------
+
+
+def read_recipe(name):
+    return main_segment.get_parser().parse_args([f'@{ROOT / "recipes" / name}'])
+
+
+def test_vit_base_is_the_published_recipe():
+    """mmsegmentation configs/mae/mae-base_upernet_8xb2-amp-160k_ade20k-512x512.py and what it is based on."""
+    args = read_recipe('vit_base_segment.txt')
+    settings, labels, window = main_segment.settle(args)
+    sizes = dict(img_size=(512, 512), patch_size=16, in_chans=3, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0)
+    assert settings.sizes == sizes | dict(levels=(3, 5, 7, 11), channels=768, aux_channels=256)
+    assert (window.size, window.stride, window.scale) == ((512, 512), (341, 341), (2048, 512))
+    assert (window.ratios, window.flip) == ((1.0,), False)
+    assert labels.reduce_zero and labels.ignore == 255
+    assert args.scale_range == [0.5, 2.0]
+    schedule = main_segment.make_schedule(args, 20210)
+    assert (schedule.total_batch_size, schedule.total_steps, schedule.warmup_steps) == (16, 160000, 1500)
+    assert (schedule.lr, schedule.min_lr, schedule.warmup_from, schedule.decay) == (1e-4, 0.0, 1e-6, 'linear')
+    assert args.betas == [0.9, 0.999] and args.weight_decay == 0.05 and args.clip_grad is None
+    assert args.layer_decay == 0.65 and args.drop_path == 0.1 and args.amp == 'fp16'
+    assert segmentation.AUX_WEIGHT == 0.4
+
+
+@pytest.mark.parametrize(
+    'name, changes',
+    [
+        ('vit_small', {'channels': 384}),
+        ('vit_large', {'channels': 1024, 'levels': [7, 11, 15, 23], 'drop_path': 0.2, 'layer_decay': 0.75,
+                       'grad_checkpointing': True}),
+    ],
+)  # fmt: skip
+def test_other_sizes_follow_vit_base(name, changes):
+    base, args = (vars(read_recipe(f'{each}_segment.txt')) for each in ('vit_base', name))
+    different = {key: value for key, value in args.items() if value != base[key]}
+    own = {'model': f'{name}_patch16', 'output_dir': f'output/{name}_segment'}
+    assert different == changes | own
+
+
 # --- Mistakes -------------------------------------------------------------------------------------------------
-
-
-def change(root, name, write):
-    """A copy-free change of one file of freshly written pairs."""
-    write_pairs(root)
-    write_pairs(root, 'val', count=3)
-    write(root / name)
-    return root
 
 
 MISTAKES = {
@@ -263,7 +285,7 @@ MISTAKES = {
     'labels above': (lambda root: None, ['--ignore_label', '255'], 'holds 11, above the last of 11 classes'),
     'fewer classes': (lambda root: None, ['--num_classes', '3'], 'above the last of 3 classes'),
     'crop and patch': (lambda root: None, ['--input_size', '18'], 'not a multiple of patch size'),
-    'images too small': (lambda root: None, ['--scale', '20', '6'], 'smaller than a crop'),
+    'images too small': (lambda root: None, ['--scale', '20', '6'], 'smaller than the crop'),
     'levels': (lambda root: None, ['--levels', '0', '1', '2', '2'], 'four increasing block indices'),
     'accumulation': (lambda root: None, ['--batch_size', '2'], 'BatchNorm'),
     'one image': (lambda root: None, ['--total_batch_size', '1'], 'two images'),
@@ -283,7 +305,7 @@ def test_mistakes_get_one_line_before_training(mistake, tmp_path, capsys):
         segment(tmp_path / 'data', tmp_path / 'run', *flags)
     lines = capsys.readouterr().err
     assert exit.value.code == 2 and lines.count('\n') == 1
-    assert __import__('re').search(message, lines), lines
+    assert re.search(message, lines), lines
 
 
 BAD_MASKS = {

@@ -47,7 +47,7 @@ class TrainTransform:
 
     size: tuple  # (H, W), the crop
     scale: tuple  # (long, short) side that images are fitted into
-    ratios: tuple = (0.5, 2.0)  # of the scale
+    ratios: tuple = (0.5, 2.0)  # bounds of what the scale is multiplied by
 
     def __call__(self, image, mask):
         size = fitted_size(image.shape[-2:], self.scale, random.uniform(*self.ratios))
