@@ -4,6 +4,8 @@ Each shows a large shape, whose kind is the label, and a smaller one behind or b
 i of a split is always the same: everything is drawn from a generator seeded by (split, i).
 """
 
+import math
+
 import numpy as np
 import torch
 
@@ -68,13 +70,14 @@ class Shapes:
 
     def draw(self, index):
         """(picture uint8 (3, H, W), mask uint8 (H, W))."""
-        height, width = self.size
-        y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing='ij')
         rng, label = np.random.default_rng((self.stream, index)), int(self.labels[index])
+        y, x = (np.linspace(-1, 1, side, dtype=np.float32) for side in self.size)
+        y, x = y[:, None], x[None]
 
-        large = outline(x, y, rng, label, rng.uniform(-0.15, 0.15, 2), rng.uniform(0.6, 0.8))
-        away, angle = rng.uniform(0.5, 0.8), rng.uniform(0, 2 * np.pi)
-        centre = away * np.cos(angle), away * np.sin(angle)
+        centre = rng.uniform(-0.15, 0.15), rng.uniform(-0.15, 0.15)
+        large = outline(x, y, rng, label, centre, rng.uniform(0.6, 0.8))
+        away, angle = rng.uniform(0.5, 0.8), rng.uniform(0, 2 * math.pi)
+        centre = away * math.cos(angle), away * math.sin(angle)
         small = outline(x, y, rng, rng.integers(len(SHAPES)), centre, rng.uniform(0.2, 0.3))
 
         image = texture(x, y, rng, 0.0, 0.4)
@@ -90,15 +93,15 @@ def outline(x, y, rng, label, centre, scale):
     """The coverage (H, W) in 0..1 of a shape that is turned a little, with one pixel of anti-aliasing."""
     turn = rng.uniform(-0.8, 0.8)
     dx, dy = (x - centre[0]) / scale, (y - centre[1]) / scale
-    dx, dy = dx * np.cos(turn) + dy * np.sin(turn), dy * np.cos(turn) - dx * np.sin(turn)
+    dx, dy = dx * math.cos(turn) + dy * math.sin(turn), dy * math.cos(turn) - dx * math.sin(turn)
     distance = SHAPES[Shapes.classes[label]](dx, dy, np.hypot(dx, dy), np.arctan2(dy, dx))
-    return np.clip(0.5 - distance * scale * min(x.shape) / 2, 0, 1)
+    return np.clip(0.5 - distance * scale * min(y.size, x.size) / 2, 0, 1)
 
 
 def texture(x, y, rng, low, high):
     """Pixels (3, H, W): a colour whose channels are in low..high, with a slight gradient and stripes."""
-    colour, slope, depth = rng.uniform(low, high, 3), rng.uniform(-0.15, 0.15, 3), rng.uniform(-0.1, 0.1, 3)
-    angle, stripes, phase = rng.uniform(0, 2 * np.pi), rng.uniform(4, 12), rng.uniform(0, 2 * np.pi)
-    along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-    waves = np.sin(stripes * across + phase)
-    return colour[:, None, None] + slope[:, None, None] * along + depth[:, None, None] * waves
+    colour, slope, depth = rng.random((3, 3, 1, 1), dtype=np.float32)
+    angle, stripes, phase = (2 * np.pi * rng.random(3)).tolist()
+    along, across = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
+    waves = np.sin((4 + 1.3 * stripes) * across + phase)
+    return low + (high - low) * colour + (0.3 * slope - 0.15) * along + (0.2 * depth - 0.1) * waves
