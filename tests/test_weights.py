@@ -610,12 +610,14 @@ def test_settings_of_other_checkpoints_of_ours(kind, tmp_path):
 
 
 def test_settings_of_files_whose_shapes_tell(tmp_path):
-    sizes = model_sizes('vit_tiny_patch4', patch_size=8, img_size=24, in_chans=4)  # width 192: 3 heads
+    sizes = model_sizes('vit_tiny_patch4', patch_size=8, img_size=24, in_chans=4, mlp_ratio=2.0)  # width 192: 3 heads
     mff, single = (MaskedAutoencoderMFF(**sizes | change).state_dict() for change in ({}, {'fuse_layers': (11,)}))
     for state in (mff, mmpretrain_names(mff)):
         settings = file_settings(saved(tmp_path / 'a.pth', {'state_dict': state}))
         assert settings.sizes == sizes and settings.mean == (0.5,) * 4
         assert settings.flags.norm_pix_loss is None and settings.flags.mask_ratio == 0.75
+    with pytest.raises(InputError, match='it lacks decoder, fusion, needed here'):
+        load_model(saved(tmp_path / 'a.pth', {'model': encoder_of(single)}))
     path = saved(tmp_path / 'mae.pth', {'model': single})
     assert file_settings(path).sizes == sizes | {'fuse_layers': (11,)}  # which it is
     assert load_model(path)[0].fuse_layers == (11,)
@@ -627,6 +629,9 @@ def test_settings_of_files_whose_shapes_tell(tmp_path):
             use(path)
     assert settled(main_pretrain, '--init_from', path, '--fuse_layers', 0, 5, 11)[1]['fuse_layers'] == (0, 5, 11)
     assert load_encoder(path)[0].embed_dim == 192  # no one needs to know
+    nano = model_sizes('vit_nano_patch4')  # 16 channels per head, in encoder and decoder
+    state = MaskedAutoencoderMFF(**nano).state_dict()
+    assert file_settings(saved(tmp_path / 'a.pth', state)).sizes == nano
     other = vit('token', embed_dim=320, depth=2, num_heads=5).state_dict()
     assert file_settings(saved(tmp_path / 'a.pth', other)).sizes['num_heads'] == 5  # 64 channels each
 

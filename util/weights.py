@@ -247,10 +247,7 @@ def base_sizes(model, file):
         if 'fuse_layers' not in file.known:  # of another project, without fusion: pre-training starts to fuse
             sizes['fuse_layers'] = fuse_layer_choices(sizes['embed_dim'], sizes['depth'])[0]
         return sizes
-    followed = ['img_size', 'in_chans']
-    if 'fuse_layers' in file.known and file.sizes['depth'] == sizes['depth']:
-        followed.append('fuse_layers')
-    return sizes | {key: file.sizes[key] for key in followed}
+    return sizes | {key: file.sizes[key] for key in ('img_size', 'in_chans')}
 
 
 def show(value):
