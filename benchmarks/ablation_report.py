@@ -1,154 +1,187 @@
-"""What the ablation found: table, convergence, figures, from the results of its runs (benchmarks/ablation.py)."""
+"""Table and figures of an ablation, from the files of its finished runs (benchmarks/ablation.py).
 
+python -m benchmarks.ablation_report results/ablation_demo
+"""
+
+import itertools
 import json
 import os
 import statistics
+from pathlib import Path
 
-import numpy as np
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from util.features import depth_colour
-from util.visualize import fusion_curves, read_curves
+from util.args import ArgumentParser, run
+from util.errors import InputError
+from util.visualize import draw_fusion_curves, finish, fusion_curves
 
-COLOURS = [*colormaps['tab20'].colors[::2], *colormaps['tab20'].colors[1::2]]  # the usual ten, and ten light ones
-MEASURES = {'loss': 'validation loss', 'knn': '20-NN', 'linprobe': 'linear probe', 'finetune': 'fine-tuning'}
+MEASURES = {  # name of a curve: its name for people
+    'val_loss': 'validation loss',
+    'val_knn_cls': '20-NN, cls token, subset',
+    'val_knn_patches': '20-NN, mean of patches, subset',
+    'knn_cls': '20-NN, cls token',
+    'knn_patches': '20-NN, mean of patches',
+    'logistic_cls': 'logistic, cls token',
+    'logistic_patches': 'logistic, mean of patches',
+    'finetune': 'fine-tuning',
+}
+COLOURS = {'MAE': 'C0', 'MFF': 'C1'}  # in every figure; the others follow
+BASE = 'MAE'  # what the others are compared with
 
 
-def write_report(output_dir, head, results, pairs):
-    """Write table.md, results.json, curves.png, convergence.png and fusion.png into a folder; returns the table.
+def get_parser():
+    parser = ArgumentParser(__doc__)
+    parser.add_argument('folder', help='--results of benchmarks.ablation')
+    return parser
 
-    head: its first lines. results: dicts of a run each, as ablation.train_and_measure returns. pairs: variants to
-    compare seed by seed.
-    """
-    os.makedirs(output_dir, exist_ok=True)
-    table = f'{head}\n\n{make_table(results, pairs)}'
-    for name, text in (('table.md', table), ('results.json', json.dumps(results, indent=2))):
-        with open(os.path.join(output_dir, name), 'w') as file:
-            file.write(text + '\n')
-    for name, draw in (('curves', loss_figure), ('convergence', convergence_figure), ('fusion', fusion_figure)):
-        draw(results).savefig(os.path.join(output_dir, f'{name}.png'))
+
+def main(args):
+    print(write_report(args.folder))
+
+
+def read_results(folder):
+    """The results in a folder, {variant: {seed: result}}."""
+    results = [json.loads(path.read_text()) for path in sorted(Path(folder).glob('*-seed*.json'))]
+    order = {name: index for index, name in enumerate(('random', 'MAE', 'MFF'))}
+    groups = {}
+    for result in sorted(results, key=lambda result: order.get(result['variant'], 9)):
+        groups.setdefault(result['variant'], {})[result['seed']] = result
+    return groups
+
+
+def write_report(folder):
+    """Write table.md, curves.png and fusion.png into a folder of results. Returns the table. InputError without any."""
+    groups = read_results(folder)
+    if not groups:
+        raise InputError(f'{folder}: no results of finished runs')
+    table = make_table(groups)
+    Path(folder, 'table.md').write_text(table + '\n')
+    for name, figure in (('curves', curves_figure(groups)), ('fusion', fusion_figure(groups))):
+        if figure is not None:
+            figure.savefig(os.path.join(folder, f'{name}.png'))
     return table
 
 
-def by_variant(results):
-    """{variant: its results}, in the order of the grid."""
-    return {name: [r for r in results if r['variant'] == name] for name in dict.fromkeys(r['variant'] for r in results)}
+# --- Table --------------------------------------------------------------------------------------------------------
 
 
-def make_table(results, pairs):
-    """Markdown: mean and deviation of each measure, paired differences by seed, and epochs to the same accuracy."""
-    groups = by_variant(results)
-    counts = sorted({len(group) for group in groups.values()})
-    seeds = {name: {r['seed']: r for r in group} for name, group in groups.items()}
-    lines = [f'| | {" | ".join(MEASURES.values())} |', '|---|' + '---|' * len(MEASURES)]
-    for name, group in groups.items():
-        lines.append(row(name, [[r[measure] for r in group] for measure in MEASURES]))
-    pairs = [(ours, theirs) for ours, theirs in pairs if seeds.get(ours, {}).keys() & seeds.get(theirs, {}).keys()]
-    for ours, theirs in pairs:
-        both = seeds[ours].keys() & seeds[theirs].keys()
-        differences = [[seeds[ours][s][m] - seeds[theirs][s][m] for s in both] for m in MEASURES]
-        lines.append(row(f'{ours} less {theirs}', differences, sign='+'))
+def make_table(groups):
+    """Markdown: mean and deviation of each measure at the end, differences to MAE seed by seed, epochs it takes."""
+    measures = [
+        name for name in MEASURES if any(name in r['curves'] for runs in groups.values() for r in runs.values())
+    ]
+    rows = [['', 'runs', *(MEASURES[name] for name in measures)], ['---'] * (len(measures) + 2)]
+    for variant, runs in groups.items():
+        columns = [[final(run, name) for run in runs.values() if name in run['curves']] for name in measures]
+        rows.append([variant, len(runs), *(in_words(values) for values in columns)])
+    for variant, runs in groups.items():
+        both = sorted(runs.keys() & groups.get(BASE, {}).keys())
+        if variant in (BASE, 'random') or not both:
+            continue
+        pairs = [(runs[seed], groups[BASE][seed]) for seed in both]
+        columns = [
+            [final(ours, name) - final(theirs, name) for ours, theirs in pairs if name in ours['curves']]
+            for name in measures
+        ]
+        rows.append([f'{variant} - {BASE}', len(both), *(in_words(values, '+') for values in columns)])
+    lines = [f'| {" | ".join(map(str, row))} |' for row in rows]
+    lines += ['', 'Mean ± standard deviation over seeds; accuracies in %; differences seed by seed.', '']
+    for name in ('val_knn_patches', 'val_knn_cls'):
+        for variant, runs in groups.items():
+            both = sorted(runs.keys() & groups.get(BASE, {}).keys())
+            if variant not in (BASE, 'random') and both and all(name in runs[seed]['curves'] for seed in both):
+                epochs = [epochs_to_reach(runs[s]['curves'][name], final(groups[BASE][s], name)) for s in both]
+                needed = ', '.join('never' if epoch is None else f'{epoch:.1f}' for epoch in epochs)
+                total = groups[BASE][both[0]]['curves'][name][-1][0]
+                lines.append(
+                    f'- Epochs until {variant} reaches the final {MEASURES[name]} of {BASE}, seed by seed: {needed}, of {total:g}'
+                )
     lines += [
         '',
-        f'Mean and standard deviation over seeds ({" or ".join(map(str, counts))} each; accuracies in %, differences '
-        'seed by seed). 20-NN: by the mean of the patch tokens.',
-        '',
+        *sorted({f'{r["command"]}  \n{r["device"]}; {r["versions"]}' for g in groups.values() for r in g.values()}),
     ]
-    for ours, theirs in pairs:
-        both = sorted(seeds[ours].keys() & seeds[theirs].keys())
-        needed = [epochs_to_reach(curve(seeds[ours][s]), seeds[theirs][s]['knn']) for s in both]
-        in_order = ', '.join('never' if epochs is None else epochs for epochs in needed)
-        lines.append(
-            f'- Epochs until {ours} reaches the final 20-NN accuracy of {theirs}, seed by seed: {in_order}, '
-            f'of {seeds[ours][both[0]]["epochs"]}'
-        )
-    if pairs:
-        lines += ['', 'Between the points of convergence.png in straight lines; all but the last are in mid-schedule.']
     return '\n'.join(lines)
 
 
-def row(title, columns, sign=''):
-    digits = [3] + [1] * (len(columns) - 1)
-    return f'| {title} | {" | ".join(in_words(values, sign, n) for values, n in zip(columns, digits))} |'
+def final(run, name):
+    return run['curves'][name][-1][1]
 
 
-def in_words(values, sign='', digits=1):
-    """'mean ± sample standard deviation'; of a single value, the value."""
+def in_words(values, sign=''):
+    """'mean ± sample standard deviation'; of one value, the value; of none, nothing."""
+    if not values:
+        return ''
+    digits = 3 if max(map(abs, values)) < 3 and sign == '' else 2
     mean = f'{statistics.fmean(values):{sign}.{digits}f}'
     return f'{mean} ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else mean
 
 
-def curve(result):
-    """[(epochs, 20-NN accuracy)] of one run, in order."""
-    points = [(int(name[4:]), value) for name, value in result.items() if name.startswith('knn_')]
-    return sorted(points) + [(result['epochs'], result['knn'])]
-
-
-def epochs_to_reach(points, accuracy):
-    """Epochs, in words, at which the broken line through points first has this accuracy; None if never.
-
-    'at most' those of the first point, if it is already there.
-    """
+def epochs_to_reach(points, value):
+    """The epoch at which the broken line through points [(epoch, value)] first has this value; None if never."""
     before = None
-    for epochs, value in points:
-        if value >= accuracy:
-            if before is None:
-                return f'at most {epochs}'
-            share = (accuracy - before[1]) / (value - before[1])
-            return f'{before[0] + share * (epochs - before[0]):.1f}'
-        before = epochs, value
+    for epoch, now in points:
+        if now >= value:
+            return (
+                epoch if before is None else before[0] + (epoch - before[0]) * (value - before[1]) / (now - before[1])
+            )
+        before = epoch, now
     return None
 
 
-def loss_figure(results):
-    """Training loss against epochs: a colour a variant, a line a seed."""
-    figure = Figure(figsize=(6, 4), layout='constrained', dpi=100)
-    axes = figure.subplots()
-    for index, (name, group) in enumerate(by_variant(results).items()):
-        for number_, result in enumerate(group):
-            points = read_curves(os.path.join(result['folder'], 'pretrain'))['loss']
-            axes.plot(*zip(*points), color=COLOURS[index], linewidth=0.8, label=None if number_ else name)
-    axes.set(xlabel='epoch', ylabel='pre-training loss')
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+# --- Figures ------------------------------------------------------------------------------------------------------
+
+
+def curves_figure(groups):
+    """Each measure against epochs: a colour per variant, a thin line per seed, a thick one for their mean.
+
+    The grey line is the mean of what random weights give, epoch 0.
+    """
+    all_runs = [run for runs in groups.values() for run in runs.values()]
+    names = [name for name in MEASURES if any(len(run['curves'].get(name, ())) > 1 for run in all_runs)]
+    if not names:
+        return None
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(4 * columns, 3.8 * rows), layout='constrained', dpi=100)
+    spare = (f'C{index}' for index in itertools.count(2))
+    colours = {variant: COLOURS.get(variant) or next(spare) for variant in groups if variant != 'random'}
+    for place, name in enumerate(names):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        start = [
+            run['curves'][name][0][1] for run in all_runs if name in run['curves'] and run['curves'][name][0][0] == 0
+        ]
+        if start:
+            axes.axhline(statistics.fmean(start), color='grey', linestyle='--', label='random weights')
+        for variant, colour in colours.items():
+            curves = [run['curves'][name] for run in groups[variant].values() if name in run['curves']]
+            for points in curves:
+                axes.plot(*zip(*points), color=colour, linewidth=0.7, alpha=0.7)
+            if curves:
+                epochs = [epoch for epoch, _ in curves[0]]
+                means = [
+                    statistics.fmean(values) for values in zip(*([value for _, value in points] for points in curves))
+                ]
+                axes.plot(epochs, means, color=colour, linewidth=2, label=f'{variant}, mean of {len(curves)}')
+        axes.set_title(MEASURES[name])
+        finish(axes, 'epoch', '' if 'loss' in name else 'accuracy, %')
     return figure
 
 
-def convergence_figure(results):
-    """20-NN accuracy against epochs, mean and deviation over seeds: the paper's claim of faster convergence."""
-    figure = Figure(figsize=(6, 4), layout='constrained', dpi=100)
-    axes = figure.subplots()
-    for index, (name, group) in enumerate(by_variant(results).items()):
-        epochs, *_ = zip(*curve(group[0]))
-        values = np.array([[value for _, value in curve(result)] for result in group])  # (seeds, points)
-        deviation = values.std(0, ddof=1) if len(values) > 1 else None
-        style = {'color': COLOURS[index], 'marker': 'o', 'markersize': 3, 'capsize': 3}
-        axes.errorbar(epochs, values.mean(0), deviation, label=name, **style)
-    axes.set(xlabel='epochs of pre-training', ylabel='20-nearest-neighbour accuracy, %')
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    return figure
-
-
-def fusion_figure(results):
-    """Fusion weights over training: a panel a variant that learns some, a colour a layer, a line a seed."""
+def fusion_figure(groups):
+    """Fusion weights over training: a panel per variant that learns some, a colour per block, a line per seed."""
     panels = {}
-    for result in results:
-        lines = fusion_curves(read_curves(os.path.join(result['folder'], 'pretrain')))
-        if lines:
-            panels.setdefault(result['variant'], []).append(lines)
-    columns = max(1, min(len(panels), 3))
-    rows = max(1, -(-len(panels) // columns))
-    figure = Figure(figsize=(max(6, 3.5 * columns), 3.5 * rows), layout='constrained', dpi=100)
-    for axes, (name, runs) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels.items()):
-        for index, lines in enumerate(runs):
-            for layer, points in lines.items():
-                label = None if index else f'layer {layer}'
-                axes.plot(*zip(*points), color=depth_colour(layer, max(lines)), linewidth=0.8, label=label)
-        axes.set(title=name, xlabel='epoch', ylabel='fusion weight')
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
-    for axes in figure.axes[len(panels) :]:
-        axes.axis('off')
+    for variant, runs in groups.items():
+        lines = {f'seed {seed}': fusion_curves(result['curves']) for seed, result in runs.items()}
+        if any(lines.values()):
+            panels[variant] = lines
+    if not panels:
+        return None
+    figure = Figure(figsize=(4 * len(panels), 4.2), layout='constrained', dpi=100)
+    for axes, (variant, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        axes.set_title(variant)
+        draw_fusion_curves(axes, lines)
     return figure
+
+
+if __name__ == '__main__':
+    run(main, get_parser())

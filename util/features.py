@@ -152,7 +152,8 @@ def fit_logistic(x, y, weight, penalty):
     """Multinomial logistic regression, fitted to convergence by L-BFGS; deterministic.
 
     Minimises the mean cross-entropy over the images of all processes + penalty / 2 * |weight|^2, bias left out, which
-    is strictly convex in the weight.
+    is strictly convex in the weight. Features may be nearly collinear, so the search runs along their principal axes,
+    scaled by about the curvature there; the minimum is the same.
 
     Args:
         x: (M, D) float64, standardised, of this process's images. y: (M,) their classes.
@@ -161,21 +162,27 @@ def fit_logistic(x, y, weight, penalty):
     Returns:
         weight (D+1, classes), the same on all processes.
     """
-    weight = weight.clone().requires_grad_()
-    options = {'tolerance_grad': 1e-7, 'tolerance_change': 1e-15, 'history_size': 20}
-    optimizer = torch.optim.LBFGS([weight], max_iter=2000, max_eval=4000, line_search_fn='strong_wolfe', **options)
     count = sum(distributed.gather(len(y)))
+    covariance = distributed.sum_over_processes(x.T @ x) / count
+    variances, axes = torch.linalg.eigh(covariance)
+    scale = (variances.clamp(min=0) / weight.shape[1] + penalty).rsqrt()
+    transform = axes * scale  # (D, D): weight[:-1] = transform @ scaled[:-1]
+    x = x @ transform
+    scaled = torch.cat([axes.T @ weight[:-1] / scale[:, None], weight[-1:]]).requires_grad_()
+    shrink = penalty * torch.cat([scale.square(), scale.new_zeros(1)])[:, None]  # of the squares of scaled
+    options = {'tolerance_grad': 1e-7, 'tolerance_change': 1e-15, 'history_size': 20}
+    optimizer = torch.optim.LBFGS([scaled], max_iter=1000, max_eval=2000, line_search_fn='strong_wolfe', **options)
 
     def closure():
-        weight.grad, total = torch.zeros_like(weight), x.new_zeros(1)
+        scaled.grad, total = torch.zeros_like(scaled), x.new_zeros(1)
         for chunk, classes in zip(x.split(2**16), y.split(2**16)):
-            loss = F.cross_entropy(scores(chunk, weight), classes, reduction='sum') / count
+            loss = F.cross_entropy(scores(chunk, scaled), classes, reduction='sum') / count
             loss.backward()
             total += loss.detach()
-        sums = distributed.sum_over_processes(torch.cat([weight.grad.flatten(), total]))
-        weight.grad = sums[:-1].view_as(weight)
-        weight.grad[:-1] += penalty * weight.detach()[:-1]
-        return sums[-1] + penalty / 2 * weight.detach()[:-1].square().sum()
+        sums = distributed.sum_over_processes(torch.cat([scaled.grad.flatten(), total]))
+        scaled.grad = sums[:-1].view_as(scaled) + shrink * scaled.detach()
+        return sums[-1] + (shrink * scaled.detach().square()).sum() / 2
 
     optimizer.step(closure)
-    return weight.detach()
+    scaled = scaled.detach()
+    return torch.cat([transform @ scaled[:-1], scaled[-1:]])
