@@ -9,7 +9,6 @@ processes and recipes are as in main_pretrain.py.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import math
@@ -24,7 +23,6 @@ from models_mff import MODELS
 from models_upernet import UperNet, default_levels
 from util import (
     checkpoint,
-    data,
     distributed,
     images,
     masks,
@@ -51,19 +49,9 @@ def get_parser():
     add('--channels', type=count, help='width of the head (default: that of the encoder)')
     add('--aux_channels', type=count, help='width of the auxiliary head (default: 256, at most --channels)')
     add('--scale', type=count, nargs=2, metavar=('LONG', 'SHORT'), help='images fit in it (default: 4 crops, 1 crop)')
-    add(
-        '--scale_range',
-        type=number(float, 0.1, 10),
-        nargs=2,
-        default=[0.5, 2.0],
-        help=f'in training, times it {default}',
-    )
+    add('--scale_range', type=number(float, 0.1, 10), nargs=2, default=[0.5, 2.0], help=f'of training {default}')
     add('--num_classes', type=number(int, 2, 255), help='where no classes.txt names the classes')
-    add(
-        '--reduce_zero_label',
-        action=argparse.BooleanOptionalAction,
-        help='masks number classes from 1, and 0 is ignored',
-    )
+    add('--reduce_zero_label', action=argparse.BooleanOptionalAction, help='ignore 0 in masks; 1 is the first class')
     add('--ignore_label', type=number(int, 0, 255), help='number in masks that counts for nothing (default: 255)')
     add('--total_steps', type=count, help='length of the training, instead of --epochs')
     add('--warmup_steps', type=number(int, 0), help='instead of --warmup_epochs')
@@ -95,20 +83,18 @@ def main(args):
     val_samples = segmentation.PairSamples(val_source, segmentation.unchanged)
     if args.eval:
         return report(args, model, val_samples, settings, window, origin)
-    augment = segmentation.TrainTransform(window.size, window.scale, args.scale_range)
+    augment = transforms.SegmentationTransform(window.size, window.scale, args.scale_range)
     samples = segmentation.PairSamples(train_source, augment, seed=args.seed)
     drop_path = mix.PlacedDropPath(model, args.seed)
 
     # --- Run: output folder, checkpoint to resume, processes, device ----------------------------------------------
     schedule = make_schedule(args, len(train_source))
-    if distributed.choose_device(args.device).startswith(
-        'cuda'
-    ):  # BatchNorm over the total batch, on any number of GPUs
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if distributed.choose_device(args.device).startswith('cuda'):
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # over the total batch, on any number of GPUs
     state = engine.start_run(args, schedule, model, settings, classes)
     model.to(state.device)
     loader = engine.training_loader(state, samples, settings)
-    val_loader = validation_loader(args, val_samples, settings, state.device)
+    val_loader = segmentation.validation_loader(args, val_samples, settings, state.device)
     groups = optim.param_groups(model, args.weight_decay, args.layer_decay)
     fused = state.device.type in ('cuda', 'cpu')
     optimizer = torch.optim.AdamW(groups, lr=schedule.lr, betas=args.betas, fused=fused)
@@ -123,18 +109,19 @@ def main(args):
 
     def draw():
         rows = []
-        for index in range(0, len(val_source), max(1, len(val_source) // 6))[:6]:
-            with contextlib.suppress(ValueError):
-                image, mask = val_source[index]
-                predicted = segment_image(model, image, settings, window, state.device, state.autocast)
-                rows.append((visualize.as_rgb(image), mask, predicted))
+        for index in range(0, len(val_source), -(-len(val_source) // 6)):
+            image, mask, _ = val_samples[0, index]
+            predicted = segmentation.segment_image(model, image, settings, window, state.device, state.autocast)
+            rows.append((image, mask, predicted))
         return {'segmentation': visualize.segmentation_figure(rows, classes)}
 
     def evaluate():
-        return evaluate_segmenter(model, val_loader, window, classes, state.autocast)
+        return segmentation.evaluate(model, val_loader, window, classes, state.autocast)
 
     events = engine.Events(evaluate=evaluate, best='val_miou', draw=draw)
-    title = f'Segmentation into {len(classes)} classes; blocks {list(settings.sizes["levels"])}; {origin}'
+    title = f'Segmentation into {len(classes)} classes, from blocks {list(settings.sizes["levels"])}; {origin}'
+    if state.world_size > 1 and state.device.type != 'cuda':
+        title += f'\nBatchNorm averages over the {schedule.batch_size} images of each process alone; only GPUs share it'
     engine.train(state, model, optimizer, loss_fn, loader, events, title)
     if state.rank == 0:
         print(
@@ -217,47 +204,13 @@ def make_schedule(args, num_images):
     return schedule
 
 
-# --- Evaluation and prediction --------------------------------------------------------------------------------------
-
-
-def validation_loader(args, samples, settings, device):
-    """This process's share of whole images, one at a time, as their sizes differ; unreadable ones are left out."""
-    keys = data.fixed_batches(len(samples), 1, *distributed.world())
-    bad = data.BadImages(len(samples), args.max_bad, args.output_dir)
-    return data.Loader(samples, keys, device, (settings.mean, settings.std), args.num_workers, bad, leave_out=True)
-
-
-@torch.no_grad()
-def evaluate_segmenter(model, loader, window, classes, autocast):
-    """{'val_miou', 'val_macc', 'val_pixel_acc', 'val_iou/CLASS' ...} in percent, over the images of all processes.
-
-    Raises:
-        RunError: if more images are bad than --max_bad.
-    """
-    model.eval()
-    distributed.share_buffers(model)
-    confusion, count = torch.zeros(len(classes), len(classes), dtype=torch.int64), 0
-    for imgs, targets in loader:
-        with autocast():
-            predicted = segmentation.segment(model, imgs, window, targets.shape[-2:])
-        confusion += segmentation.confusion_matrix(predicted, targets, len(classes)).cpu()
-        count += len(imgs)
-    counts, confusions = zip(*distributed.gather((count, confusion)))
-    bad_images = loader.bad.num_images - sum(counts)
-    loader.bad.check(bad_images)
-    scores = segmentation.scores(sum(confusions))
-    metrics = {f'val_{name}': scores[name] for name in ('miou', 'macc', 'pixel_acc')}
-    metrics |= {f'val_iou/{name}': iou for name, iou in zip(classes, scores['iou'].tolist())}
-    return metrics | ({'val_bad_images': bad_images} if bad_images else {})
-
-
 def report(args, model, samples, settings, window, origin):
     """--eval: evaluate, print a table, and add a line to log.jsonl."""
     device = distributed.start(distributed.choose_device(args.device))
     autocast, _ = distributed.mixed_precision(args.amp, device)
     classes = samples.source.classes
-    loader = validation_loader(args, samples, settings, device)
-    metrics = evaluate_segmenter(model.to(device), loader, window, classes, autocast)
+    loader = segmentation.validation_loader(args, samples, settings, device)
+    metrics = segmentation.evaluate(model.to(device), loader, window, classes, autocast)
     if distributed.world()[0] == 0:
         print(origin)
         for name in classes:
@@ -275,16 +228,6 @@ def report(args, model, samples, settings, window, origin):
     distributed.stop()
 
 
-@torch.no_grad()
-def segment_image(model, image, settings, window, device, autocast):
-    """The class of every pixel of image (C, h, w), at its own size: (h, w) uint8 array."""
-    model.eval()
-    imgs = transforms.normalise(image[None].to(device), settings.mean, settings.std)
-    with autocast():
-        predicted = segmentation.segment(model, imgs, window, image.shape[-2:])
-    return predicted[0].to(torch.uint8).cpu().numpy()
-
-
 def predict(args):
     """Write for each image NAME.png, the class of every pixel, and NAME_overlay.png, its colours over the image.
 
@@ -294,7 +237,9 @@ def predict(args):
         raise InputError('--predict needs a segmenter: --init_from CHECKPOINT')
     settings, _, window = settle(args)
     if not settings.classes:
-        raise InputError(f'{args.init_from}: not a segmenter')
+        raise InputError(
+            f'{args.init_from}: no segmenter; --predict needs what main_segment.py or mmsegmentation trained'
+        )
     with as_input_error():
         model = UperNet(**settings.sizes, num_classes=len(settings.classes))
     print(weights.load_weights(model, args.init_from, complete=True))
@@ -310,7 +255,7 @@ def predict(args):
             print(error, file=sys.stderr)
             failed = True
             continue
-        predicted = segment_image(model, image, settings, window, device, autocast)
+        predicted = segmentation.segment_image(model, image, settings, window, device, autocast)
         name = os.path.splitext(os.path.basename(path))[0]
         while name in written:  # of the same name in another folder
             name += '_'
@@ -319,7 +264,7 @@ def predict(args):
         indexed = Image.fromarray(predicted)
         indexed.putpalette(visualize.palette(len(settings.classes)).tobytes())
         indexed.save(f'{file}.png')
-        visualize.overlay(visualize.as_rgb(image), predicted, settings.classes).save(f'{file}_overlay.png')
+        visualize.overlay(image, predicted, settings.classes).save(f'{file}_overlay.png')
         print(f'{path}  {file}.png  {file}_overlay.png')
     if failed:
         raise SystemExit(1)

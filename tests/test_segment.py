@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional
 
 from models_mff import create_encoder, model_sizes
 from models_upernet import UperNet, default_levels
-from util import masks, optim, segmentation, weights
+from util import masks, optim, segmentation, transforms, weights
 
 REFERENCE = torch.load(Path(__file__).parent / 'data/seg_tiny.pt', weights_only=True)
 CONFIG, IMGS, LABELS = REFERENCE['config'], REFERENCE['imgs'], REFERENCE['labels']
@@ -92,10 +92,10 @@ def test_loss_in_pieces_is_the_loss_at_once(images, monkeypatch):
     """So is its gradient; and ignored pixels count in the denominator."""
     monkeypatch.setattr(segmentation, 'CHUNK_BYTES', images * 4 * 5 * 24 * 32)
     logits = torch.randn(3, 5, 6, 8, dtype=torch.float64, requires_grad=True)
-    target = torch.randint(0, 5, (3, 24, 32)).masked_fill(torch.rand(3, 24, 32) < 0.3, masks.IGNORE)
+    target = torch.randint(0, 5, (3, 24, 32)).masked_fill(torch.rand(3, 24, 32) < 0.3, transforms.IGNORE)
     full = interpolate(logits, (24, 32), mode='bilinear', align_corners=False).log_softmax(1)
     chosen = full.gather(1, target.clamp(max=4)[:, None])[:, 0]
-    expected = -(chosen * (target != masks.IGNORE)).mean()
+    expected = -(chosen * (target != transforms.IGNORE)).mean()
     loss = segmentation.pixel_loss(logits, target)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (loss, expected)))
@@ -251,7 +251,7 @@ def test_zero_label_is_reduced_as_in_the_reference():
 
 def test_resized_sizes_are_the_references():
     for (height, width, ratio), size in PIPELINE['resize'].items():
-        assert segmentation.fitted_size((height, width), (2048, 512), ratio) == list(size)
+        assert transforms.fitted_size((height, width), (2048, 512), ratio) == list(size)
 
 
 @pytest.mark.parametrize('direction', ['down', 'up'])
@@ -268,8 +268,8 @@ def test_crop_rule_is_the_references(monkeypatch):
     for run in crop['runs']:
         boxes = [*run['checked'], run['taken']]
         corners = iter([corner for box in boxes for corner in (box[0], box[2])])
-        monkeypatch.setattr(segmentation.random, 'randint', lambda low, high: next(corners))  # noqa: B023
-        top, left, height, width = segmentation.choose_crop(crop['labels'], crop['size'], crop['cat_max_ratio'])
+        monkeypatch.setattr(transforms.random, 'randint', lambda low, high: next(corners))  # noqa: B023
+        top, left, height, width = transforms.choose_crop(crop['labels'], crop['size'], crop['cat_max_ratio'])
         assert (top, top + height, left, left + width) == tuple(run['taken'])
 
 
@@ -277,10 +277,10 @@ def test_photometric_distortions_are_the_references():
     """To 0.05 levels on average: OpenCV rounds hue and saturation in other places."""
     image, expected = PIPELINE['photometric']['image'], PIPELINE['photometric']
     functions = {
-        'brightness': segmentation.brighten,
+        'brightness': transforms.brighten,
         'contrast': functional.adjust_brightness,
-        'saturation': lambda image, factor: segmentation.shift_hsv(image, saturation=factor),
-        'hue': lambda image, steps: segmentation.shift_hsv(image, hue=steps),
+        'saturation': lambda image, factor: transforms.shift_hsv(image, saturation=factor),
+        'hue': lambda image, steps: transforms.shift_hsv(image, hue=steps),
     }
     for (kind, strength), theirs in expected['out'].items():
         if kind != 'all':

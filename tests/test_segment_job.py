@@ -13,7 +13,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 import main_segment
 from tests.conftest import ROOT, Result, command
-from util import masks, optim, segmentation
+from util import masks, optim, segmentation, transforms
 from util.args import run
 from util.shapes import Shapes
 from util.sources import Options
@@ -84,7 +84,7 @@ def test_image_and_mask_belong_together(pairs):
         image, mask = train[index]
         number = int(os.path.basename(train.path(index)).removesuffix('.png'))
         assert torch.equal(image, shapes[number][0])
-        assert torch.equal(mask[1:], shapes.mask(number)[1:]) and (mask[0] == masks.IGNORE).all()
+        assert torch.equal(mask[1:], shapes.mask(number)[1:]) and (mask[0] == transforms.IGNORE).all()
 
 
 def test_ade20k_as_downloaded(tmp_path):
@@ -136,16 +136,16 @@ def test_without_splits_and_with_val_share(tmp_path):
 
 def test_the_transform_is_joint_and_of_the_crop_size():
     """Where the mask is a function of the image, it still is after resize, crop and flip; padding is marked."""
-    transform = segmentation.TrainTransform((24, 32), (96, 24))
+    transform = transforms.SegmentationTransform((24, 32), (96, 24))
     image = torch.arange(40, dtype=torch.uint8).view(1, 1, 40).repeat(1, 30, 1) * 5  # each column its own grey
     for seed in range(20):
         segmentation.data.seed_generators(seed)
         crop, mask = transform(image, image[0] // 5)
         assert crop.shape == (1, 24, 32) and mask.shape == (24, 32)
-        inside = mask != segmentation.PADDING
+        inside = mask != transforms.PADDING
         assert (crop[0][inside].int() - 5 * mask[inside].int()).abs().max() <= 12  # two columns: nearest rounds down
         imgs, targets = segmentation.fill_padding(crop[None].float() + 1, mask[None])
-        assert (imgs[0, 0][~inside] == 0).all() and (targets[0][~inside] == masks.IGNORE).all()
+        assert (imgs[0, 0][~inside] == 0).all() and (targets[0][~inside] == transforms.IGNORE).all()
         assert (imgs[0, 0][inside] > 0).all() and torch.equal(targets[0][inside], mask[inside].long())
 
 
@@ -175,7 +175,8 @@ def test_flags_reach_what_they_are_for(pairs, tmp_path, monkeypatch):
         seen.update(run=run, model=model, optimizer=optimizer, loader=loader, events=events)
 
     monkeypatch.setattr(main_segment.engine, 'train', stop)
-    flags = '--scale 64 20 --scale_range 1 1.5 --levels 0 1 2 3 --drop_path 0.3 --layer_decay 0.5 --weight_decay 0.1 --betas 0.8 0.9'.split()
+    flags = '--scale 64 20 --scale_range 1 1.5 --levels 0 1 2 3 --drop_path 0.3 --layer_decay 0.5'.split()
+    flags += '--weight_decay 0.1 --betas 0.8 0.9'.split()
     with pytest.raises(KeyError, match='best_miou'):
         segment(pairs, tmp_path, *flags)
     schedule, model = seen['run'].schedule, seen['model']

@@ -17,10 +17,9 @@ from util import data, tar
 from util.errors import InputError
 from util.shapes import Shapes
 from util.sources import EXTENSIONS, ImageFiles, Options, TarImages, find_files, hold_out
+from util.transforms import IGNORE
 
-IGNORE = 255
-
-# names below --data_path: images/train/a/1.jpg and masks/train/a/1.png belong together
+# Names below --data_path: images/train/a/1.jpg and masks/train/a/1.png belong together
 LAYOUT = re.compile(rb'((?:[^/]+/)*?)(images|annotations|masks|labels)/(.+)\.([^./]+)')
 SPLITS = {'train': ('train', 'training'), 'val': ('val', 'valid', 'validation', 'test')}
 

@@ -1,21 +1,14 @@
-"""Semantic segmentation: the training transform of image and mask, the loss, the sliding window, and IoU.
+"""Semantic segmentation: samples, loss, sliding window and IoU, as in mmsegmentation's configs/mae."""
 
-Everything follows mmsegmentation's recipe for ADE20K (configs/_base_/datasets/ade20k.py, configs/mae).
-"""
-
-import random
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import cross_entropy, interpolate, pad
 from torch.utils.checkpoint import checkpoint
-from torchvision import tv_tensors
-from torchvision.transforms.v2 import functional
 
-from util import data
-from util.masks import IGNORE
+from util import data, distributed, transforms
+from util.transforms import IGNORE, PADDING, fitted_size
 
-PADDING = -1  # what a transformed mask holds beside the image
 AUX_WEIGHT = 0.4
 CHUNK_BYTES = 256e6  # of enlarged logits at a time
 
@@ -33,95 +26,6 @@ class PairSamples(data.Samples):
 def unchanged(image, mask):
     """The transform of evaluation."""
     return image, mask
-
-
-# --- Training transform (mmsegmentation configs/_base_/datasets/ade20k.py) ------------------------------------
-
-
-@dataclass(frozen=True)
-class TrainTransform:
-    """uint8 image (C, h, w) and mask (h, w) -> image (C, H, W) and mask (H, W) int16, PADDING beside the image.
-
-    What is beside the image has to become 0 after normalisation: fill_padding does it on the device.
-    """
-
-    size: tuple  # (H, W), the crop
-    scale: tuple  # (long, short) side that images are fitted into
-    ratios: tuple = (0.5, 2.0)  # bounds of what the scale is multiplied by
-
-    def __call__(self, image, mask):
-        size = fitted_size(image.shape[-2:], self.scale, random.uniform(*self.ratios))
-        image = functional.resize(tv_tensors.Image(image), size, antialias=False)  # as cv2, to one level
-        mask = functional.resize(tv_tensors.Mask(mask), size)  # nearest
-        box = choose_crop(mask, self.size)
-        image, mask = functional.crop(image, *box), functional.crop(mask, *box)
-        if random.random() < 0.5:
-            image, mask = functional.horizontal_flip(image), functional.horizontal_flip(mask)
-        if len(image) == 3 and image.dtype == torch.uint8:
-            image = photometric_distortion(image)
-        beside = [0, 0, self.size[1] - image.shape[2], self.size[0] - image.shape[1]]  # right and bottom
-        mask = functional.pad(mask.to(torch.int16), beside, fill=PADDING)
-        return functional.pad(image, beside).as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor)
-
-
-def fitted_size(size, scale, ratio=1.0):
-    """(height, width) of an image of this size, resized at the same aspect to fit into scale (long, short) * ratio."""
-    long, short = (int(side * ratio) for side in scale)
-    factor = min(long / max(size), short / min(size))
-    return [max(1, int(side * factor + 0.5)) for side in size]
-
-
-def choose_crop(mask, size, max_share=0.75, tries=10):
-    """(top, left, height, width) of a random crop in which no class has max_share of the pixels, if tries find one.
-
-    Smaller masks are not cropped.
-    """
-    height, width = mask.shape[-2:]
-    h, w = min(size[0], height), min(size[1], width)
-    for attempt in range(tries + 1):
-        top, left = random.randint(0, height - h), random.randint(0, width - w)
-        if attempt == tries or is_mixed(mask[..., top : top + h, left : left + w], max_share):
-            return top, left, h, w
-
-
-def is_mixed(mask, max_share):
-    """Whether there are at least two classes, none with max_share of the pixels that are not ignored."""
-    counts = torch.bincount(mask.flatten(), minlength=IGNORE + 1)[:IGNORE]
-    return int((counts > 0).sum()) > 1 and int(counts.max()) / int(counts.sum()) < max_share
-
-
-def photometric_distortion(image):
-    """Brightness, contrast (first or last), saturation and hue, each with probability 0.5. uint8 RGB."""
-    contrast_first = random.random() < 0.5
-    if random.random() < 0.5:
-        image = brighten(image, random.uniform(-32, 32))
-    if contrast_first and random.random() < 0.5:
-        image = functional.adjust_brightness(image, random.uniform(0.5, 1.5))
-    if random.random() < 0.5:
-        image = shift_hsv(image, saturation=random.uniform(0.5, 1.5))
-    if random.random() < 0.5:
-        image = shift_hsv(image, hue=random.randint(-18, 17))
-    if not contrast_first and random.random() < 0.5:
-        image = functional.adjust_brightness(image, random.uniform(0.5, 1.5))  # the reference's contrast
-    return image
-
-
-def brighten(image, levels):
-    """Add to every pixel."""
-    return (image.float() + levels).clamp(0, 255).to(torch.uint8)
-
-
-def shift_hsv(image, saturation=1.0, hue=0):
-    """Scale the saturation and turn the hue by steps of 2 degrees, on 8-bit HSV with 180 hues, as OpenCV has it."""
-    r, g, b = x = image.float()
-    v = x.amax(0)
-    c = v - x.amin(0)
-    s = (255 * c / v.clamp(min=1)).round()
-    h = torch.where(v == r, (g - b) / c, torch.where(v == g, 2 + (b - r) / c, 4 + (r - g) / c))  # sixths of a turn
-    h = (30 * h.nan_to_num(0, 0, 0)).round() % 180
-    s = (s * saturation).clamp(max=255).floor()
-    k = (torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1) + (h + hue) % 180 / 30) % 6
-    return (v - v * s / 255 * torch.minimum(k, 4 - k).clamp(0, 1)).round().to(torch.uint8)
 
 
 def fill_padding(imgs, masks):
@@ -237,3 +141,47 @@ def scores(confusion):
         'iou': iou,
         'acc': acc,
     }
+
+
+# --- Evaluation ---------------------------------------------------------------------------------------------------
+
+
+def validation_loader(args, samples, settings, device):
+    """This process's share of whole images, one at a time, as their sizes differ; unreadable ones are left out."""
+    keys = data.fixed_batches(len(samples), 1, *distributed.world())
+    bad = data.BadImages(len(samples), args.max_bad, args.output_dir)
+    return data.Loader(samples, keys, device, (settings.mean, settings.std), args.num_workers, bad, leave_out=True)
+
+
+@torch.no_grad()
+def evaluate(model, loader, window, classes, autocast):
+    """{'val_miou', 'val_macc', 'val_pixel_acc', 'val_iou/CLASS' ...} in percent, over the images of all processes.
+
+    Raises:
+        RunError: if more images are bad than --max_bad.
+    """
+    model.eval()
+    distributed.share_buffers(model)
+    confusion, count = torch.zeros(len(classes), len(classes), dtype=torch.int64), 0
+    for imgs, targets in loader:
+        with autocast():
+            predicted = segment(model, imgs, window, targets.shape[-2:])
+        confusion += confusion_matrix(predicted, targets, len(classes)).cpu()
+        count += len(imgs)
+    counts, confusions = zip(*distributed.gather((count, confusion)))
+    bad_images = loader.bad.num_images - sum(counts)
+    loader.bad.check(bad_images)
+    result = scores(sum(confusions))
+    metrics = {f'val_{name}': result[name] for name in ('miou', 'macc', 'pixel_acc')}
+    metrics |= {f'val_iou/{name}': iou for name, iou in zip(classes, result['iou'].tolist())}
+    return metrics | ({'val_bad_images': bad_images} if bad_images else {})
+
+
+@torch.no_grad()
+def segment_image(model, image, settings, window, device, autocast):
+    """The class of every pixel of image (C, h, w), at its own size: (h, w) uint8 array."""
+    model.eval()
+    imgs = transforms.normalise(image[None].to(device), settings.mean, settings.std)
+    with autocast():
+        predicted = segment(model, imgs, window, image.shape[-2:])
+    return predicted[0].to(torch.uint8).cpu().numpy()

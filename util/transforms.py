@@ -1,15 +1,21 @@
-"""Crops and augmentations of uint8 images, and their normalisation."""
+"""Crops and augmentations of uint8 images, alone or with their masks, and normalisation."""
+
+import random
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
+from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional
 
 from util.errors import InputError
 
 BICUBIC = InterpolationMode.BICUBIC
+IGNORE, PADDING = 255, -1  # in masks: counts for nothing; is not part of the image
 
 
 class Cover(torch.nn.Module):
@@ -114,3 +120,92 @@ def normalise(images, mean, std):
     mean, std = (torch.as_tensor(values, device=images.device).view(-1, 1, 1) for values in (mean, std))
     floats = images.clone() if images.is_floating_point() else v2.functional.to_dtype(images, torch.float32, scale=True)
     return floats.sub_(mean).div_(std)  # in place: on a CPU new memory would take ten times as long
+
+
+# --- Image and mask together (mmsegmentation configs/_base_/datasets/ade20k.py) ---------------------------------
+
+
+@dataclass(frozen=True)
+class SegmentationTransform:
+    """uint8 image (C, h, w) and mask (h, w) -> image (C, H, W) and mask (H, W) int16, PADDING beside the image.
+
+    What is beside the image has to become 0 after normalisation: fill_padding does it on the device.
+    """
+
+    size: tuple  # (H, W), the crop
+    scale: tuple  # (long, short) side that images are fitted into
+    ratios: tuple = (0.5, 2.0)  # bounds of what the scale is multiplied by
+
+    def __call__(self, image, mask):
+        size = fitted_size(image.shape[-2:], self.scale, random.uniform(*self.ratios))
+        image = functional.resize(tv_tensors.Image(image), size, antialias=False)  # as cv2, to one level
+        mask = functional.resize(tv_tensors.Mask(mask), size)  # nearest
+        box = choose_crop(mask, self.size)
+        image, mask = functional.crop(image, *box), functional.crop(mask, *box)
+        if random.random() < 0.5:
+            image, mask = functional.horizontal_flip(image), functional.horizontal_flip(mask)
+        if len(image) == 3 and image.dtype == torch.uint8:
+            image = photometric_distortion(image)
+        beside = [0, 0, self.size[1] - image.shape[2], self.size[0] - image.shape[1]]  # right and bottom
+        mask = functional.pad(mask.to(torch.int16), beside, fill=PADDING)
+        return functional.pad(image, beside).as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor)
+
+
+def fitted_size(size, scale, ratio=1.0):
+    """(height, width) of an image of this size, resized at the same aspect to fit into scale (long, short) * ratio."""
+    long, short = (int(side * ratio) for side in scale)
+    factor = min(long / max(size), short / min(size))
+    return [max(1, int(side * factor + 0.5)) for side in size]
+
+
+def choose_crop(mask, size, max_share=0.75, tries=10):
+    """(top, left, height, width) of a random crop in which no class has max_share of the pixels, if tries find one.
+
+    Smaller masks are not cropped.
+    """
+    height, width = mask.shape[-2:]
+    h, w = min(size[0], height), min(size[1], width)
+    for attempt in range(tries + 1):
+        top, left = random.randint(0, height - h), random.randint(0, width - w)
+        if attempt == tries or is_mixed(mask[..., top : top + h, left : left + w], max_share):
+            return top, left, h, w
+
+
+def is_mixed(mask, max_share):
+    """Whether there are at least two classes, none with max_share of the pixels that are not ignored."""
+    counts = torch.bincount(mask.flatten(), minlength=IGNORE + 1)[:IGNORE]
+    return int((counts > 0).sum()) > 1 and int(counts.max()) / int(counts.sum()) < max_share
+
+
+def photometric_distortion(image):
+    """Brightness, contrast (first or last), saturation and hue, each with probability 0.5. uint8 RGB."""
+    contrast_first = random.random() < 0.5
+    if random.random() < 0.5:
+        image = brighten(image, random.uniform(-32, 32))
+    if contrast_first and random.random() < 0.5:
+        image = functional.adjust_brightness(image, random.uniform(0.5, 1.5))
+    if random.random() < 0.5:
+        image = shift_hsv(image, saturation=random.uniform(0.5, 1.5))
+    if random.random() < 0.5:
+        image = shift_hsv(image, hue=random.randint(-18, 17))
+    if not contrast_first and random.random() < 0.5:
+        image = functional.adjust_brightness(image, random.uniform(0.5, 1.5))  # the reference's contrast
+    return image
+
+
+def brighten(image, levels):
+    """Add to every pixel."""
+    return (image.float() + levels).clamp(0, 255).to(torch.uint8)
+
+
+def shift_hsv(image, saturation=1.0, hue=0):
+    """Scale the saturation and turn the hue by steps of 2 degrees, on 8-bit HSV with 180 hues, as OpenCV has it."""
+    r, g, b = x = image.float()
+    v = x.amax(0)
+    c = v - x.amin(0)
+    s = (255 * c / v.clamp(min=1)).round()
+    h = torch.where(v == r, (g - b) / c, torch.where(v == g, 2 + (b - r) / c, 4 + (r - g) / c))  # sixths of a turn
+    h = (30 * h.nan_to_num(0, 0, 0)).round() % 180
+    s = (s * saturation).clamp(max=255).floor()
+    k = (torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1) + (h + hue) % 180 / 30) % 6
+    return (v - v * s / 255 * torch.minimum(k, 4 - k).clamp(0, 1)).round().to(torch.uint8)

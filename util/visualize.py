@@ -247,22 +247,24 @@ def paint(labels, num_classes):
 
 
 def as_rgb(image):
-    """image (C, H, W), uint8 or float in 0..1 -> (3, H, W) uint8, grey unless C is 3."""
-    image = torch.as_tensor(image)
-    image = image if image.dtype == torch.uint8 else (255 * image).round().clamp(0, 255).to(torch.uint8)
-    return image if len(image) == 3 else image[:1].expand(3, -1, -1)
+    """image (C, H, W), uint8 or float in 0..1 -> (H, W, 3) uint8 array, grey unless C is 3."""
+    if image.dtype != torch.uint8:
+        image = (255 * image).round().clamp(0, 255).to(torch.uint8)
+    image = image if len(image) == 3 else image[:1].expand(3, -1, -1)
+    return image.permute(1, 2, 0).numpy()
 
 
 def segmentation_figure(rows, classes):
-    """Figure with a row for each of rows: (image (3, H, W) uint8, mask (H, W), prediction (H, W)), and a legend."""
-    height = 1.7 * len(rows)
+    """Figure with a row for each of rows: (image (C, H, W), mask (H, W), prediction (H, W)), and a legend."""
+    ratios = [len(mask) / mask.shape[1] for _, mask, _ in rows]
+    height = 1.7 * sum(ratios)
     figure = Figure(figsize=(7, height + 0.3), dpi=100)
     figure.subplots_adjust(0.01, 0.01, 0.75, 1 - 0.3 / (height + 0.3), wspace=0.03, hspace=0.03)
-    grid = figure.subplots(len(rows), 3, squeeze=False)
+    grid = figure.subplots(len(rows), 3, squeeze=False, height_ratios=ratios)
     shown = set()
     for axes, (image, mask, predicted) in zip(grid, rows):
         shown |= {*np.unique(mask).tolist(), *np.unique(predicted).tolist()}
-        pictures = (np.moveaxis(np.asarray(image), 0, 2), paint(mask, len(classes)), paint(predicted, len(classes)))
+        pictures = (as_rgb(image), paint(mask, len(classes)), paint(predicted, len(classes)))
         for axis, picture in zip(axes, pictures):
             axis.imshow(picture, aspect='auto')
             axis.axis('off')
@@ -275,8 +277,8 @@ def segmentation_figure(rows, classes):
 
 
 def overlay(image, labels, classes):
-    """PIL image: image (3, H, W) uint8 under the colours of labels (H, W), and beside it a legend of these classes."""
-    pixels = (np.moveaxis(np.asarray(image), 0, 2) // 2) + paint(labels, len(classes)) // 2
+    """PIL image: image (C, H, W) under the colours of labels (H, W), and beside it a legend of these classes."""
+    pixels = as_rgb(image) // 2 + paint(labels, len(classes)) // 2
     numbers, counts = np.unique(labels, return_counts=True)
     lines = [
         (label, f'{classes[label]}  {count / labels.size:.0%}')
