@@ -80,6 +80,17 @@ def test_arrays_of_other_channel_counts(tmp_path, dtype, scale):
         images.read_image(tmp_path / 'image.npy')
 
 
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_values_that_are_not_finite(value, tmp_path):
+    array = np.full((8, 8), 0.5, np.float32)
+    array[3, 4] = value
+    np.save(tmp_path / 'image.npy', array)
+    Image.fromarray(array * 200).save(tmp_path / 'image.tif')
+    for suffix in ('npy', 'tif'):
+        with pytest.raises(ValueError, match='not finite'):
+            images.read_image(tmp_path / f'image.{suffix}', in_chans=1)
+
+
 @pytest.mark.parametrize('content', [b'', b'text', b'\xff\xd8\xff\xe0 cut off', b'\x89PNG\r\n\x1a\n cut off'])
 def test_broken_files_raise_one_kind_of_error(tmp_path, content):
     for suffix in ('jpg', 'png', 'npy'):

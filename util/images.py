@@ -94,6 +94,7 @@ def pil_to_tensor(image, in_chans=3, background=WHITE):
 def to_8_bits(image):
     """PIL image of 16- or 32-bit pixels -> 8 bits, in mode L or LA. PIL's convert would clip at 255."""
     pixels = np.asarray(image, dtype=np.float32)
+    check_finite(pixels)
     if image.mode == 'F' and 0 < pixels.max() <= 1:
         raise ValueError('floating-point pixels of 0..1, where files have 0..255; store them as .npy')
     scaled = pixels if image.mode == 'F' else pixels / 257
@@ -104,10 +105,15 @@ def to_8_bits(image):
     return result
 
 
+def check_finite(array):
+    if not np.isfinite(array).all():
+        raise ValueError('some values are not finite')
+
+
 def array_to_tensor(array, in_chans):
     """(H, W, C) or (H, W) -> (C, H, W): uint8 as it is, other integers over their largest value, floats as they are.
 
-    Raises ValueError if it has other channels.
+    Raises ValueError if it has other channels, or values that are not finite.
     """
     array = array[..., None] if array.ndim == 2 else array
     if array.ndim != 3 or array.shape[2] != in_chans or not array.size:
@@ -118,4 +124,5 @@ def array_to_tensor(array, in_chans):
     if array.dtype != np.uint8:
         scale = np.iinfo(array.dtype).max if np.issubdtype(array.dtype, np.integer) else 1
         array = array.astype(np.float32) / scale
+        check_finite(array)
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()
