@@ -238,6 +238,31 @@ def test_checkpoints(source, run_checkpoint, tmp_path):
         assert equal(loaded, state)
 
 
+@given(source=st.data())
+@fuzz
+def test_records_of_a_run(source, run_checkpoint, tmp_path):
+    """A run's checkpoint of which one thing is not what it should be: refused before the run starts, or resumed."""
+    _, state = run_checkpoint
+    state = {key: dict(value) if isinstance(value, dict) else value for key, value in state.items()}
+    key = source.draw(st.sampled_from(['weight', 'args', 'lr', *state]))
+    if key == 'weight':
+        state['model'][key] = ODD_TENSORS[source.draw(st.sampled_from(sorted(ODD_TENSORS)))](state['model'][key])
+    else:
+        plain = ODD_VALUES.filter(lambda value: not isinstance(value, torch.Tensor))
+        (state['args'] if key == 'lr' else state)[key] = source.draw(plain)
+    path = str(tmp_path / 'a.pth')
+    torch.save(state, path)
+    model, args = torch.nn.Linear(5, 3), SimpleNamespace(lr=1.0, force_resume=False)
+    try:
+        state = checkpoint.load_run(path)
+        checkpoint.check_same_run(state, args, model, {'num_images': 1, 'batch_size': 1})
+    except InputError as error:
+        assert '\n' not in str(error)
+    else:
+        model.load_state_dict(state['model'])
+        assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
 # --- Weights ----------------------------------------------------------------------------------------------------
 
 TINY = model_sizes('vit_nano_patch4', img_size=8, embed_dim=8, depth=2, num_heads=2, mlp_ratio=1, decoder_embed_dim=8)

@@ -11,7 +11,8 @@ import torch
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
 from util.errors import InputError, RunError
-from util.weights import read_file
+from util.formats import read_file
+from util.recognise import check_tensors
 
 LAST, PREVIOUS, BEST = 'checkpoint-last.pth', 'checkpoint-previous.pth', 'checkpoint-best.pth'
 
@@ -178,8 +179,13 @@ def lock(output_dir):
 def load_run(path):
     """Read a checkpoint of a training run of this project. Raises InputError, as read_file does, or if it is none."""
     state = read_file(path)
-    if not {'model', 'optimizer', 'scaler', 'step', 'args'} <= state.keys():
+    kinds = {'model': dict, 'optimizer': dict, 'scaler': dict, 'step': int, 'args': dict}
+    if not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
         raise InputError(f'{path}: not a checkpoint of a training run of this project')
+    try:
+        check_tensors(state['model'])
+    except InputError as error:
+        raise InputError(f'{path}: {error}') from None
     return state
 
 
