@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from util import data, distributed, transforms
+from util import data, distributed, transforms, workers
 from util.errors import InputError, RunError
 from util.shapes import Shapes
 
@@ -174,7 +174,7 @@ def test_copies_are_asynchronous_on_cuda_only(device, expected, monkeypatch):
     ],
 )
 def test_prefetching_is_bounded_in_bytes(num_workers, batch_bytes, expected):
-    factor = data.prefetch_factor(num_workers, batch_bytes)
+    factor = workers.prefetch_factor(num_workers, batch_bytes)
     assert factor == expected
     assert factor == 1 or factor * num_workers * batch_bytes <= 2e9
     assert factor == 4 or (factor + 1) * num_workers * batch_bytes > 2e9

@@ -15,7 +15,7 @@ from conftest import Result, command
 from PIL import Image
 
 from util import data
-from util.sources import ImageFiles
+from util.folders import ImageFiles
 
 
 def jpeg(size=(40, 30)):
@@ -165,14 +165,14 @@ def test_the_limit_counts_over_processes(folder, small_run, tmp_path):
 # A run of its own, as it ends its process; every read of an image in a worker does something else first.
 PATCHED_RUN = """
 import os, signal, sys, time, torch
-from util import args, errors, sources
-read = sources.ImageFiles.__getitem__
+from util import args, errors, folders
+read = folders.ImageFiles.__getitem__
 def act_and_read(source, index):
     worker = torch.utils.data.get_worker_info()
     if worker is not None:
         ACTION
     return read(source, index)
-sources.ImageFiles.__getitem__ = act_and_read
+folders.ImageFiles.__getitem__ = act_and_read
 import main_pretrain
 args.run(main_pretrain.main, main_pretrain.get_parser(), sys.argv[1:])
 """

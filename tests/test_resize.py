@@ -14,8 +14,9 @@ from PIL import Image
 
 from util import resize, transforms
 from util.args import run
+from util.folders import Options
 from util.images import array_to_tensor
-from util.sources import Options, open_source
+from util.sources import open_source
 
 
 @pytest.fixture

@@ -17,8 +17,9 @@ from PIL import Image
 
 from util import sources
 from util.errors import InputError
+from util.folders import EXTENSIONS, Options, find_files
 from util.shapes import Shapes
-from util.sources import Options, open_source
+from util.sources import open_source
 
 PNG = io.BytesIO()
 Image.new('RGB', (8, 8)).save(PNG, 'png')
@@ -112,13 +113,13 @@ def listed(root):
         found += [
             os.path.relpath(os.path.join(folder, name), root)
             for name in files
-            if name[0] != '.' and name.lower().endswith(sources.EXTENSIONS)
+            if name[0] != '.' and name.lower().endswith(EXTENSIONS)
         ]
     return sorted(map(os.fsencode, found))
 
 
 def test_listing_is_that_of_os_walk(tangle):
-    found = sources.find_files(str(tangle), sources.EXTENSIONS)
+    found = find_files(str(tangle), EXTENSIONS)
     assert found == listed(tangle)
     assert {b'b/to_a/deep/er/2.JPG', b'out_again/x/10.png', b'caf\xe9/8.png', b'nowhere.png'} <= set(found)
 

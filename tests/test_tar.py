@@ -14,6 +14,7 @@ from conftest import Result, command
 
 from util import sources, tar
 from util.errors import InputError
+from util.folders import Options
 
 
 def pack(path, root, top='.'):
@@ -66,7 +67,7 @@ def image(folder, number=0):
 
 
 def open_source(path, cache, split='train', **options):
-    return sources.open_source(str(path), split, sources.Options(download_dir=str(cache), **options))
+    return sources.open_source(str(path), split, Options(download_dir=str(cache), **options))
 
 
 # --- Against the folder ---------------------------------------------------------------------------------------

@@ -7,12 +7,8 @@ Randomness belongs to the sample: every crop, flip and mask is drawn from genera
 a run does not depend on the number of workers or processes, and a resumed run needs no stored generator state.
 """
 
-import atexit
-import multiprocessing
 import os
 import random
-import signal
-import sys
 import time
 from dataclasses import dataclass
 
@@ -22,10 +18,10 @@ import torch
 from util import distributed
 from util.errors import InputError, RunError
 from util.transforms import normalise
+from util.workers import default_workers, prefetch_factor, start_workers, worker_options
 
 FLAT = 'one flat colour'  # a problem of an image that is used all the same
 MIN_BAD = 3  # images that may be bad in any data set, unless --max_bad is 0
-MAX_PREFETCH, PREFETCH_BYTES = 4, 2e9  # batches that a worker loads ahead, and what all of them may hold
 
 
 # --- Samples --------------------------------------------------------------------------------------------------
@@ -226,9 +222,6 @@ def split_batch(total, per_device, world_size):
 class Loader:
     """Batches on the device: (images (N, C, H, W) normalised float, noise or labels), loaded ahead by worker processes.
 
-    Each worker loads up to MAX_PREFETCH batches ahead, but all of a process together hold no more than PREFETCH_BYTES,
-    if one batch for each allows that.
-
     Args:
         batch_keys: an iterable of lists of (epoch, index).
         statistics: (mean, std) per channel, of pixels in 0..1.
@@ -262,54 +255,6 @@ class Loader:
                 images = images.to(self.device, non_blocking=non_blocking)
                 targets = targets.to(self.device, non_blocking=non_blocking)
                 yield normalise(images, self.mean, self.std), targets
-
-
-def prefetch_factor(num_workers, batch_bytes):
-    """Batches of so many bytes that each worker may load ahead."""
-    return max(1, min(MAX_PREFETCH, int(PREFETCH_BYTES / (num_workers * batch_bytes))))
-
-
-def default_workers():
-    """The CPU cores of this machine over its training processes, at most 16."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return min(16, max(1, count // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
-
-
-def worker_options(num_workers):
-    """For a DataLoader: workers that stay for the next pass, and on Linux share the list of images with this process.
-
-    The DataLoader is to be iterated by start_workers.
-    """
-    fork = num_workers > 0 and sys.platform == 'linux'
-    return {
-        'num_workers': num_workers,
-        'persistent_workers': num_workers > 0,
-        'multiprocessing_context': 'fork' if fork else None,
-        'worker_init_fn': ignore_signals,
-    }
-
-
-def ignore_signals(worker):
-    """Leave to the training process what terminals and SLURM send to every process: it still needs batches."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def start_workers(loader):
-    """iter(loader) of a DataLoader whose workers ignore SIGTERM, by which Python would end them at its exit: they are
-    killed there, before it waits for them."""
-    others = multiprocessing.active_children()
-    batches = iter(loader)
-    workers = [process for process in multiprocessing.active_children() if process not in others]
-    if workers:
-        atexit.register(kill, workers)
-    return batches
-
-
-def kill(workers):
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each
-    for process in workers:
-        process.kill()
 
 
 # --- Waiting for data -----------------------------------------------------------------------------------------

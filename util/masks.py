@@ -15,8 +15,9 @@ from PIL import Image, UnidentifiedImageError
 
 from util import data, tar
 from util.errors import InputError
+from util.folders import EXTENSIONS, ImageFiles, Options, TarImages, find_files
 from util.shapes import Shapes
-from util.sources import EXTENSIONS, ImageFiles, Options, TarImages, find_files, hold_out
+from util.sources import hold_out
 from util.transforms import IGNORE
 
 # Names below --data_path: images/train/a/1.jpg and masks/train/a/1.png belong together

@@ -18,10 +18,12 @@ import torch
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
-from util import data, sources
+from util import data, workers
 from util.args import ArgumentParser, ImageSize, number, run
 from util.errors import InputError, RunError
+from util.folders import EXTENSIONS, ImageFiles, Options, find_files
 from util.images import WHITE
+from util.sources import check_readable
 from util.transforms import Cover
 
 SUFFIXES = {'.jpg': ('.jpg', '.jpeg'), '.bmp': ('.bmp',), '.npy': ('.npy',)}  # a name that has one keeps it
@@ -54,11 +56,11 @@ def get_parser():
 def main(args):
     if not os.path.isdir(args.src):
         raise InputError(f'{args.src}: not a folder of images')
-    names = sources.find_files(args.src, sources.EXTENSIONS)
+    names = find_files(args.src, EXTENSIONS)
     if not names:
         raise InputError(f'{args.src}: no image in it or in the folders below')
-    source = sources.ImageFiles(args.src, names, sources.Options(args.in_chans, tuple(args.background)))
-    sources.check_readable(source, args.src, args.in_chans)
+    source = ImageFiles(args.src, names, Options(args.in_chans, tuple(args.background)))
+    check_readable(source, args.src, args.in_chans)
     copies = Copies(source, args)
     prepare(args)
     copy(copies, args)
@@ -141,10 +143,10 @@ def write(path, content):
 def copy(copies, args):
     """Make all copies and print a summary. Raises RunError if more than --max_bad cannot be read."""
     bad, before, after = data.BadImages(len(copies), args.max_bad, args.dst), 0, 0
-    num_workers = data.default_workers() if args.num_workers is None else args.num_workers
-    loader = torch.utils.data.DataLoader(copies, batch_size=16, collate_fn=list, **data.worker_options(num_workers))
+    num_workers = workers.default_workers() if args.num_workers is None else args.num_workers
+    loader = torch.utils.data.DataLoader(copies, batch_size=16, collate_fn=list, **workers.worker_options(num_workers))
     with tqdm(desc=args.dst, total=len(copies), unit='image', disable=None) as bar:
-        for results in data.start_workers(loader):
+        for results in workers.start_workers(loader):
             problems, sizes_before, sizes_after = zip(*results)
             before, after = before + sum(sizes_before), after + sum(sizes_after)
             bad.add(problems)

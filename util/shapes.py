@@ -45,7 +45,7 @@ class Shapes:
         self.stream, self.size = ['train', 'val'].index(split), tuple(size)
         self.length = length or (20_000, 2_000)[self.stream]
         self.labels = np.arange(self.length) % len(self.classes)
-        self.pictures = {}
+        self.drawn = {}
 
     def __len__(self):
         return self.length
@@ -57,16 +57,19 @@ class Shapes:
         return f'drawn picture {index}'
 
     def __getitem__(self, index):
-        picture = self.pictures.get(index)
-        if picture is None:
-            picture = torch.from_numpy(self.draw(index)[0])
-            if len(self.pictures) * picture.nbytes < CACHE_BYTES:
-                self.pictures[index] = picture
-        return picture, int(self.labels[index])
+        return self.picture_and_mask(index)[0], int(self.labels[index])
 
     def mask(self, index):
         """uint8 (H, W): 1 + label where the large shape is seen, 0 elsewhere."""
-        return torch.from_numpy(self.draw(index)[1])
+        return self.picture_and_mask(index)[1]
+
+    def picture_and_mask(self, index):
+        if index in self.drawn:
+            return self.drawn[index]
+        picture, mask = map(torch.from_numpy, self.draw(index))
+        if len(self.drawn) * (picture.nbytes + mask.nbytes) < CACHE_BYTES:
+            self.drawn[index] = picture, mask
+        return picture, mask
 
     def draw(self, index):
         """(picture uint8 (3, H, W), mask uint8 (H, W))."""

@@ -27,8 +27,8 @@ from PIL import Image, ImageDraw
 from util import log, transforms
 from util.args import ArgumentParser, number, run
 from util.errors import InputError
+from util.folders import EXTENSIONS, find_files
 from util.images import read_given_image
-from util.sources import EXTENSIONS, find_files
 from util.weights import load_encoder, load_model, random_encoder
 
 # --- Reconstruction -----------------------------------------------------------------------------------------------
