@@ -93,9 +93,8 @@ def make_table(groups):
                 epochs = [epochs_to_reach(runs[s]['curves'][name], final(groups[BASE][s], name)) for s in both]
                 needed = ', '.join('never' if epoch is None else f'{epoch:.1f}' for epoch in epochs)
                 total = groups[BASE][both[0]]['curves'][name][-1][0]
-                lines.append(
-                    f'- Epochs until {variant} reaches the final {MEASURES[name]} of {BASE}, seed by seed: {needed}, of {total:g}'
-                )
+                goal = f'the final {MEASURES[name]} of {BASE}'
+                lines.append(f'- Epochs until {variant} reaches {goal}, seed by seed: {needed}, of {total:g}')
     lines += [
         '',
         *sorted({f'{r["command"]}  \n{r["device"]}; {r["versions"]}' for g in groups.values() for r in g.values()}),
