@@ -164,6 +164,25 @@ def test_copies_are_asynchronous_on_cuda_only(device, expected, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    'cores, launcher, expected',
+    [
+        (8, {}, 8),
+        (64, {}, 16),
+        (64, {'LOCAL_WORLD_SIZE': '8'}, 8),
+        (64, {'OMPI_COMM_WORLD_LOCAL_SIZE': '16'}, 4),
+        (4, {'LOCAL_WORLD_SIZE': '8'}, 1),
+    ],
+)
+def test_workers_share_the_cores(cores, launcher, expected, monkeypatch):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: range(cores), raising=False)
+    for name in workers.LOCAL_WORLD_SIZE:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    assert workers.default_workers() == expected
+
+
+@pytest.mark.parametrize(
     'num_workers, batch_bytes, expected',
     [
         (16, 64 * 3 * 224**2, 4),  # 0.6 GB

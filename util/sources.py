@@ -158,14 +158,15 @@ def hold_out(source, share):
     hashes = np.array([int.from_bytes(digest, 'big') for digest in digests], dtype=np.uint64)
     labels = np.full(len(source), -1) if source.labels is None else source.labels
     held_out = np.zeros(len(source), dtype=bool)
-    for label in np.unique(labels):
-        members = labels == label
-        count = max(1, round(share * members.sum()))
-        held_out[members] = hashes[members] <= np.sort(hashes[members])[count - 1]  # equal names stay together
+    order = np.lexsort((hashes, labels))
+    for members in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):  # of one class, by hash
+        count = max(1, round(share * len(members)))
+        held_out[members] = hashes[members] <= hashes[members[count - 1]]  # equal names stay together
         if held_out[members].all():
+            label = labels[members[0]]
             which = f'the class {source.classes[label]}' if label >= 0 else 'the data'
             raise InputError(
-                f'--val_share {share:g} leaves no image of {which} to train on, as it has {members.sum()} in all'
+                f'--val_share {share:g} leaves no image of {which} to train on, as it has {len(members)} in all'
             )
     return Part(source, np.flatnonzero(~held_out)), Part(source, np.flatnonzero(held_out))
 

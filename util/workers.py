@@ -6,13 +6,17 @@ import os
 import signal
 import sys
 
+from util.distributed import from_launcher
+
+LOCAL_WORLD_SIZE = ('LOCAL_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_SIZE', 'MPI_LOCALNRANKS')  # srun binds to cores
 MAX_PREFETCH, PREFETCH_BYTES = 4, 2e9  # batches that a worker loads ahead, and what all of them may hold
 
 
 def default_workers():
-    """The CPU cores of this machine over its training processes, at most 16."""
+    """The CPU cores of this machine that this process may use over its training processes, from 1 to 16."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return min(16, max(1, count // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+    processes, _ = from_launcher(LOCAL_WORLD_SIZE, 1)
+    return min(16, max(1, count // processes))
 
 
 def prefetch_factor(num_workers, batch_bytes):
