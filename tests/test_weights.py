@@ -24,9 +24,9 @@ import main_pretrain
 from models_mff import MaskedAutoencoderMFF, model_sizes
 from models_upernet import UperNet
 from util.errors import InputError
+from util.loading import adapt_channels
 from util.weights import (
     ENCODER,
-    adapt_channels,
     convert_state_dict,
     file_settings,
     load_encoder,
@@ -360,7 +360,7 @@ def test_classifiers_into_classifiers():
     assert line.endswith('left out: norm, head of 5 classes; freshly initialised: fc_norm, head of 5 classes')
     with pytest.raises(InputError, match='lacks head of 7 classes, needed here; it has head of 5 classes instead'):
         load(vit('avg', 7), source, complete=True)
-    with pytest.raises(InputError, match='lacks norm.weight and norm.bias .*--global_pool avg'):
+    with pytest.raises(InputError, match='lacks norm.weight and norm.bias .fine-tuned'):
         load(vit('token'), source)
 
 

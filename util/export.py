@@ -16,6 +16,7 @@ from safetensors.torch import save
 from util import variants, weights
 from util.args import ArgumentParser, run
 from util.errors import InputError
+from util.loading import part_of
 
 # timm's architecture by encoder width, or else base: model_args in config.json hold all sizes, so any works.
 ARCHITECTURES = {
@@ -55,7 +56,7 @@ def export(path, output_dir):
     if settings is None or file.is_segmenter or settings.sizes['fuse_layers'] is None:
         raise InputError(f'{path}: not a checkpoint of pre-training or a classifier of this project, as export needs')
     encoder = fold_batch_norm(
-        {name: tensor for name, tensor in file.state.items() if weights.part_of(name) not in ('decoder', 'fusion')}
+        {name: tensor for name, tensor in file.state.items() if part_of(name) not in ('decoder', 'fusion')}
     )
     config = make_config(settings, encoder)
     try:

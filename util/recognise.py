@@ -1,5 +1,6 @@
 """What a file of weights is: checks of its tensors and of what it records, and its origin."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -129,6 +130,20 @@ def check_record(key, value):
 
 def without_none(values):
     return {key: value for key, value in values.items() if value is not None}
+
+
+def find_grid(weights):
+    """(rows, columns) of the patches: from the image size that this project records, or else a square."""
+    num_patches, patch_size = weights.sides['1+L'] - 1, weights.sides['p']
+    if 'img_size' in weights.records:
+        rows, columns = (side // patch_size for side in weights.records['img_size'])
+    else:
+        rows, columns = [math.isqrt(num_patches)] * 2
+    if not rows * columns == num_patches > 0:
+        raise InputError(
+            f'{weights.path}: its position embedding, of {num_patches} patches, is of an unknown rectangle'
+        )
+    return rows, columns
 
 
 def recognise(content, state):
