@@ -302,7 +302,7 @@ def test_other_files(tmp_path):
             path.write_bytes(content)
         with pytest.raises(InputError, match=message):
             read_weights(path)
-    with pytest.raises(InputError, match='Is a directory'):
+    with pytest.raises(InputError, match='a folder; name a weights file, such as .*safetensors'):
         read_weights(tmp_path)
     with pytest.raises(InputError, match='it holds a list'):
         read_weights(saved(tmp_path / 'a.pth', [1, 2]))
