@@ -138,7 +138,7 @@ def test_memory_is_arrays_only(tmp_path):
     [
         (None, None, 'no such folder or file'),
         ([], None, 'no image in it or in the folders below'),
-        (['train/a/1.png', 'train/b/1.png'], None, 'no val/ or test/ .* --val_share 0.1'),
+        (['train/a/1.png', 'train/b/1.png'], None, 'no validation images .* --val_share 0.1'),
         (['a/1.png'], '', 'only one class, a'),
         (['1.png'], '', 'no labels; use one folder per class'),
         (['train/a/1.png', 'train/b/1.png', 'val/1.png'], None, 'no labels; use one folder per class'),
