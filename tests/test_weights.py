@@ -706,3 +706,19 @@ def test_segmenters(tmp_path):
         load(vit(depth=4), content)
     settings = file_settings(saved(tmp_path / 'a.pth', content))
     assert settings.sizes['num_heads'] == 3 and settings.classes == list('abcd')  # the tables have a column per head
+
+
+def test_mmsegmentations_segmenters(tmp_path):
+    """tests/test_segment.py compares what such a model computes."""
+    reference = torch.load(REFERENCE.with_name('seg_tiny.pt'), weights_only=True)
+    sizes = {'img_size': 48, 'levels': (0, 1, 2, 3), 'channels': 16, 'aux_channels': 12, 'num_classes': 5}
+    model = UperNet(**SIZES | {'depth': 4} | sizes)
+    line = load(model, {'state_dict': reference['state'], 'meta': {}}, complete=True)
+    assert line == 'mmsegmentation segmenter with 5 classes'
+    theirs = reference['state']
+    assert torch.equal(model.encoder.blocks[3].mlp.fc2.weight, theirs['backbone.layers.3.ffn.layers.1.weight'])
+    assert torch.equal(model.aux_head[2].bias, theirs['auxiliary_head.conv_seg.bias'])
+    settings = file_settings(saved(tmp_path / 'a.pth', {'state_dict': theirs}))
+    told = {name: settings.sizes[name] for name in ENCODER}
+    assert told == SIZES | {'img_size': (48, 48), 'in_chans': 3, 'depth': 4, 'mlp_ratio': 4.0}
+    assert settings.classes is None and 'num_heads' in settings.known
