@@ -31,7 +31,6 @@ class Log:
     def __init__(self, output_dir, total_steps, start_step, args, enabled=True):
         self.enabled, self.total_steps, self.start_step = enabled, total_steps, start_step
         self.output_dir, self.steps_done, self.failed = output_dir, start_step, False
-        self.began = time.time()
         if not enabled:
             return
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import, and one process needs it
@@ -65,6 +64,8 @@ class Log:
     def advance(self):
         """One optimiser step is done."""
         self.steps_done += 1
+        if self.steps_done == self.start_step + 1:  # it took longer: workers were started, and --compile
+            self.began = time.time()
         if not self.enabled:
             return
         self.bar.update()
@@ -72,8 +73,11 @@ class Log:
             self.say(f'about {self.eta()} to go, as far as 5 steps can tell')
 
     def eta(self):
-        """The time that is left, as text, at the pace of this run so far."""
-        pace = (time.time() - self.began) / max(1, self.steps_done - self.start_step)
+        """The time that is left, as text, at the pace of this run after its first step."""
+        timed_steps = self.steps_done - self.start_step - 1
+        if timed_steps < 1:
+            return '?'
+        pace = (time.time() - self.began) / timed_steps
         return tqdm.format_interval(pace * (self.total_steps - self.steps_done))
 
     def entry(self, step, epoch, values):
@@ -167,12 +171,14 @@ class Meter:
         self.reset()
 
     def reset(self):
-        self.losses, self.norms, self.began = [], [], time.perf_counter()
+        self.losses, self.norms, self.began = [], [], None
 
     def timed(self, batches):
         """Yield the batches; how long each took to arrive is counted."""
         batches = iter(batches)
         while True:
+            if self.began is None:  # what came between the steps, such as an evaluation, is not their time
+                self.began = time.perf_counter()
             with self.waiting:
                 batch = next(batches, None)
             if batch is None:
