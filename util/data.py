@@ -106,7 +106,12 @@ class BadImages:
         name = f'bad_images-{rank}.txt' if rank else 'bad_images.txt'
         self.num_images, self.max_bad = num_images, max_bad
         self.file = output_dir and os.path.join(output_dir, name)
-        self.count, self.flat, self.lines = 0, 0, {}  # samples that were bad, or flat; lines by path
+        self.count = self.flat = 0  # samples
+        self.examples = {}  # a line of a bad image (True) and of a flat one (False)
+        self.listed = set()  # paths
+        if self.file and os.path.exists(self.file):
+            with open(self.file, encoding='utf-8', errors='surrogateescape', newline='\n') as file:
+                self.listed = {line.split('\t')[0] for line in file.read().split('\n')}
 
     def add(self, problems):
         """Count the samples that have a problem, and list the paths that are new."""
@@ -114,16 +119,18 @@ class BadImages:
         bad = sum(map(is_bad, problems))
         self.count += bad
         self.flat += len(problems) - bad
-        lines = {line.split('\t')[0]: line for problem in problems for line in problem.split('\n')}
-        new = lines.keys() - self.lines.keys()
-        self.lines |= lines
+        new = {}
+        for line in [line for problem in problems for line in problem.split('\n')]:
+            path = line.split('\t')[0]
+            self.examples.setdefault(is_bad(line), line)
+            if path not in self.listed:
+                new[path] = line
+        self.listed.update(new)
         if not new or not self.file:
             return
         try:
-            with open(self.file, 'a+', encoding='utf-8', errors='surrogateescape', newline='\n') as file:
-                file.seek(0)
-                listed = {line.split('\t')[0] for line in file.read().split('\n')}
-                file.writelines(f'{line}\n' for path, line in lines.items() if path not in listed)
+            with open(self.file, 'a', encoding='utf-8', errors='surrogateescape', newline='\n') as file:
+                file.writelines(f'{line}\n' for line in new.values())
         except OSError as error:  # the number is known all the same
             print(f'{self.file}: {error.strerror}')
 
@@ -134,19 +141,18 @@ class BadImages:
         """
         allowed = max(MIN_BAD, self.max_bad * self.num_images) if self.max_bad else 0
         if count > allowed or count == self.num_images:
-            example = next(iter(self.lines.values()), '').replace('\t', ': ')
-            where = f'see {self.file}' if self.file else example
+            where = f'see {self.file}' if self.file else self.examples.get(True, '').replace('\t', ': ')
             message = f'{count} of {self.num_images} images cannot be read, more than --max_bad {self.max_bad:g} allows'
             message += f'; {where}'
             raise RunError(message) if distributed.world()[0] == 0 else SystemExit(1)
 
     def flat_note(self):
         """A sentence on the images of one colour that all processes have used so far, or ''. All of them call it."""
-        example = next((path for path, line in self.lines.items() if line.endswith(FLAT)), None)
-        counts, examples = zip(*distributed.gather((self.flat, example)))
+        counts, examples = zip(*distributed.gather((self.flat, self.examples.get(False, ''))))
         if not sum(counts):
             return ''
-        return f'{sum(counts)} images are {FLAT}, such as {next(filter(None, examples))}; see {self.file}'
+        example = next(filter(None, examples)).split('\t')[0]
+        return f'{sum(counts)} images are {FLAT}, such as {example}; see {self.file}'
 
 
 # --- Which samples a process sees -----------------------------------------------------------------------------
