@@ -25,14 +25,17 @@ class ArgumentParser(argparse.ArgumentParser):
         return shlex.split(line, comments=True)
 
     def error(self, message, code=2):
-        unknown = re.match(r'unrecognized arguments: (--\w+)', message)
-        if unknown:
+        unknown = re.match(r'unrecognized arguments: (\S+)', message)
+        missing = re.match(r"\[Errno \d+\] (.+): '(.+)'", message)  # of an argument file
+        if unknown and unknown[1].endswith('.txt'):
+            message += f'; a recipe has an @ before its name: @{unknown[1]}'
+        elif unknown:
             message += did_you_mean(unknown[1], self._option_string_actions)
-        missing = re.search(r"No such file or directory: '([^']+\.txt)'", message)
-        if missing:
-            folder = os.path.dirname(missing[1]) or '.'
-            names = os.listdir(folder) if os.path.isdir(folder) else []
-            message += did_you_mean(missing[1], [os.path.join(os.path.dirname(missing[1]), name) for name in names])
+        elif missing:
+            folder = os.path.dirname(missing[2])
+            names = os.listdir(folder or '.') if os.path.isdir(folder or '.') else []
+            known = [os.path.join(folder, name) for name in names if name.endswith('.txt')]
+            message = f'@{missing[2]}: {missing[1]}{did_you_mean(missing[2], known)}'
         first = os.environ.get('LOCAL_RANK', '0') == '0'  # once per machine, not once per process
         self.exit(code, f'{self.prog}: error: {message}\n' if first else None)
 
@@ -107,7 +110,8 @@ def number(kind, low=None, high=None):
         except (ValueError, OverflowError):
             finite = False
         if not finite or (low is not None and value < low) or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"'{text}' is not {expected}")
+            hint = '; put spaces between several numbers' if ',' in text else ''
+            raise argparse.ArgumentTypeError(f"'{text}' is not {expected}{hint}")
         return value
 
     return parse
