@@ -5,6 +5,7 @@ ViT and DeiT, and mmsegmentation's MAE + UperNet; in .pth, .pt and .safetensors.
 """
 
 import json
+import os
 import re
 import warnings
 import zipfile
@@ -71,6 +72,10 @@ def read_file(path):
         if not isinstance(content, dict):
             raise InputError(f'not a weights file: it holds a {type(content).__name__}, not a dict')
         return content
+    except IsADirectoryError:
+        files = sorted(name for name in os.listdir(path) if name.endswith(('.pth', '.pt', '.safetensors')))
+        hint = f', such as {os.path.join(path, files[0])}' if files else ''
+        raise InputError(f'{path}: a folder; name a weights file{hint}') from None
     except OSError as error:
         raise InputError(f'{path}: {error.strerror or error}') from None
     except InputError as error:
