@@ -58,7 +58,7 @@ def open_labelled_sources(args, sizes, only_val=False):
     train, val = open_sources(args, sizes, labelled=True, only_val=only_val)
     if val is None:
         raise InputError(
-            f'{args.data_path} has no val/ or test/ beside its train/; name validation images with --val_path, '
+            f'{args.data_path} has no validation images (val/ or test/ beside train/); name some with --val_path, '
             'or hold some out with --val_share 0.1'
         )
     for path, source in ((args.data_path, train), (args.val_path or args.data_path, val)):
