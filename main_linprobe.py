@@ -1,9 +1,9 @@
 """Probe a frozen encoder: train a linear classifier on its features, or classify by nearest neighbours (--knn).
 
-    python main_linprobe.py @recipes/vit_base_linprobe.txt --data_path IMAGENET --init_from CHECKPOINT
-    python main_linprobe.py --knn 20 --data_path IMAGENET --init_from CHECKPOINT         # no training
-    python main_linprobe.py --logistic --data_path IMAGENET --init_from CHECKPOINT       # fitted to convergence
+    python main_linprobe.py --knn 20 --data_path IMAGES --init_from CHECKPOINT           # no training
+    python main_linprobe.py --logistic --data_path IMAGES --init_from CHECKPOINT         # fitted to convergence
     python main_linprobe.py --features OUT.npz --data_path IMAGES --init_from CHECKPOINT
+    python main_linprobe.py @recipes/vit_base_linprobe.txt --data_path IMAGENET --init_from CHECKPOINT
 
 The features are those of the final LayerNorm, which MFF trained on the fused levels: the cls token for the probe, and
 also the mean of the patch tokens for the others. Resuming, processes and recipes are as in main_pretrain.py.
@@ -25,7 +25,7 @@ from util.errors import InputError, as_input_error
 
 
 def get_parser():
-    parser = ArgumentParser(__doc__)
+    parser = ArgumentParser(__doc__, usage='%(prog)s [@RECIPE] [--FLAG VALUE ...]')
     add_common_arguments(parser)
     add_model_arguments(parser, MODELS)
     parser.set_defaults(blr=0.1, weight_decay=0.0, epochs=90)
@@ -135,30 +135,48 @@ def report_features(args, encoder, settings, train_source, val_source, origin):
     distributed.stop()
 
 
+class Numbered:
+    """A source whose labels are the numbers of its images."""
+
+    def __init__(self, source):
+        self.source, self.path = source, source.path
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        return self.source[index][0], index
+
+
 def write_features(args, encoder, settings):
-    """--features: an .npz of 'names', 'labels' (-1: none), 'classes', 'cls_token' and 'mean_of_patches' (images, D)."""
+    """--features: an .npz of 'names', 'labels' (-1: none), 'classes', 'cls_token' and 'mean_of_patches' (images, D).
+
+    Images that cannot be read are left out.
+    """
     if distributed.world()[1] > 1:
         raise InputError('--features runs in one process; start it without torchrun')
-    if not os.path.isdir(os.path.dirname(args.features) or '.'):
-        raise InputError(f'--features {args.features}: no such folder')
-    train_source, val_source = sources.open_sources(args, settings.sizes)
+    if not args.features.endswith('.npz') or not os.path.isdir(os.path.dirname(args.features) or '.'):
+        raise InputError(f'--features {args.features}: not a name that ends in .npz, in a folder that is there')
+    parts = [source for source in sources.open_sources(args, settings.sizes) if source is not None]
     origin = engine.initial_weights(args, encoder, settings)
     device = distributed.start(distributed.choose_device(args.device), join=False)
     encoder.to(device)
-    names, arrays = [], []
-    for source in (train_source, val_source):
-        if source is not None:
-            names += [source.path(index) for index in range(len(source))]
-            arrays.append(extract(args, encoder, settings, source, device))
-    found, labels = zip(*arrays)
+    names, labels, arrays = [], [], []
+    for source in parts:
+        found, numbers = extract(args, encoder, settings, Numbered(source), device)
+        names += [source.path(number) for number in numbers.tolist()]
+        labels.append(np.full(len(numbers), -1) if source.labels is None else source.labels[numbers.numpy()])
+        arrays.append(found)
     np.savez(
         args.features,
         names=np.array(names),
-        labels=torch.cat(labels).numpy(),
-        classes=np.array(train_source.classes or []),
-        **{name.replace(' ', '_'): torch.cat([part[name] for part in found]).numpy() for name in found[0]},
+        labels=np.concatenate(labels),
+        classes=np.array(parts[0].classes or []),
+        **{name.replace(' ', '_'): torch.cat([part[name] for part in arrays]).numpy() for name in arrays[0]},
     )
-    print(f'Wrote the features of {len(names)} images to {args.features}; {origin}')
+    bad = sum(map(len, parts)) - len(names)
+    unreadable = f' ({bad} cannot be read)' if bad else ''
+    print(f'Wrote the features of {len(names)} images{unreadable} to {args.features}; {origin}')
 
 
 if __name__ == '__main__':
