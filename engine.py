@@ -14,7 +14,7 @@ from timm.utils import accuracy
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from util import checkpoint, data, distributed, optim, transforms, weights
+from util import checkpoint, data, distributed, optim, sources, transforms, weights
 from util.errors import INTERRUPTED, InputError
 from util.log import Log, Meter
 from util.optim import Schedule, make_schedule  # noqa: F401 (make_schedule: the mains call it beside start_run)
@@ -322,7 +322,15 @@ def report_classifier(args, model, source, settings, origin):
     """--eval: evaluate and print one line.
 
     origin: what the weights are.
+
+    Raises:
+        InputError: if the checkpoint names other classes than the source.
     """
+    flags, path = vars(settings.flags), args.data_path
+    if settings.classes:
+        sources.check_same_classes(settings.classes, list(map(str, source.classes)), 'the checkpoint', path)
+    if flags.get('val_share') and flags.get('data_path') == path == getattr(source, 'root', None):
+        origin += f'\nMost of these images were trained on; --val_share {flags["val_share"]:g} takes the others alone'
     device = distributed.start(distributed.choose_device(args.device))
     autocast, _ = distributed.mixed_precision(args.amp, device)
     loader = classes_loader(args, source, settings, device)
