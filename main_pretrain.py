@@ -1,7 +1,7 @@
 """Pre-train a masked autoencoder with multi-level feature fusion.
 
     python main_pretrain.py @recipes/demo_pretrain.txt                             # no data, no GPU, two minutes
-    python main_pretrain.py @recipes/small_pretrain.txt --data_path IMAGES         # any folder of images, one GPU
+    python main_pretrain.py @recipes/small_pretrain.txt --data_path IMAGES         # some hundred images or more
     torchrun --nproc_per_node=8 main_pretrain.py @recipes/vit_base_300e_pretrain.txt --data_path IMAGENET
 
 The same command resumes an interrupted run from its last checkpoint. Later flags win over earlier ones and over the
@@ -20,7 +20,7 @@ from util.errors import InputError, as_input_error
 
 
 def get_parser():
-    parser = ArgumentParser(__doc__)
+    parser = ArgumentParser(__doc__, usage='%(prog)s [@RECIPE] [--FLAG VALUE ...]')
     add_common_arguments(parser)
     add_model_arguments(parser, MODELS, decoder=True)
     add, boolean = parser.add_argument_group('pre-training').add_argument, argparse.BooleanOptionalAction
@@ -31,7 +31,12 @@ def get_parser():
         help='share of patches hidden from the encoder (default: %(default)s)',
     )
     add('--norm_pix_loss', action=boolean, default=True, help='standardise each target patch (default: yes)')
-    add('--crop', choices=['simple', 'rrc', 'none'], default='simple', help="MFF's, MAE's or none (default: %(default)s)")
+    add(
+        '--crop',
+        choices=['simple', 'rrc', 'none'],
+        default='simple',
+        help="MFF's, MAE's or none (default: %(default)s)",
+    )
     add('--grad_checkpointing', action=boolean, default=False, help='less memory: activations are computed twice')
     add('--knn_every', type=number(int, 1), metavar='EPOCHS', help='epochs between 20-NN accuracies; needs labels')
     variants.add_arguments(parser)
@@ -108,12 +113,17 @@ def main(args):
     if state.rank == 0:
         done = 'Training was complete before' if state.start == schedule.total_steps else 'Done'
         last = f'{args.output_dir}/{checkpoint.LAST}'
+        probe = f'--data_path {args.data_path} --init_from {last}'
+        if args.val_path:
+            probe = f'--val_path {args.val_path} {probe}'
+        elif args.val_share:
+            probe = f'--val_share {args.val_share:g} {probe}'
         print(
             f'{done}. In {args.output_dir}: {checkpoint.LAST}, reconstruction.png, log.jsonl, TensorBoard events\n'
             f'  curves:          tensorboard --logdir {args.output_dir}\n'
             f'  as a picture:    python -m util.visualize curves {args.output_dir}\n'
             f'  reconstruction:  python -m util.visualize reconstruct {last} --images IMAGE ...\n'
-            f'  neighbours:      python main_linprobe.py --knn 20 --data_path {args.data_path} --init_from {last}'
+            f'  neighbours:      python main_linprobe.py --knn 20 {probe}'
         )
 
 
