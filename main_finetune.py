@@ -1,8 +1,9 @@
 """Fine-tune a pre-trained encoder as a classifier, evaluate one, or predict the classes of images.
 
+    python main_finetune.py @recipes/small_finetune.txt --data_path IMAGES        # after small_pretrain.txt
+    python main_finetune.py --predict IMAGES --init_from output/small_finetune/checkpoint-best.pth
     python main_finetune.py @recipes/vit_base_finetune.txt --data_path IMAGENET --init_from CHECKPOINT
-    python main_finetune.py --eval --init_from mae_finetuned_vit_base.pth --data_path IMAGENET
-    python main_finetune.py --predict IMAGE ... --init_from output/vit_base_finetune/checkpoint-best.pth
+    python main_finetune.py --eval --data_path IMAGENET --init_from mae_finetuned_vit_base.pth
 
 The classifier is timm's VisionTransformer; --init_from reads every known checkpoint (util/weights.py). Resuming,
 processes and recipes are as in main_pretrain.py.
@@ -18,13 +19,13 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 import engine
 from models_mff import MODELS, create_encoder
-from util import data, distributed, images, mix, optim, sources, transforms, weights
+from util import data, distributed, folders, images, mix, optim, sources, transforms, weights
 from util.args import ArgumentParser, add_common_arguments, add_model_arguments, number, run
 from util.errors import InputError, as_input_error
 
 
 def get_parser():
-    parser = ArgumentParser(__doc__)
+    parser = ArgumentParser(__doc__, usage='%(prog)s [@RECIPE] [--FLAG VALUE ...]')
     add_common_arguments(parser)
     add_model_arguments(parser, MODELS)
     parser.set_defaults(blr=5e-4, betas=[0.9, 0.999], min_lr=1e-6, epochs=100)
@@ -136,7 +137,7 @@ def predict(args):
     crop_pct = args.crop_pct or getattr(settings.flags, 'crop_pct', None) or 0.875
     transform = transforms.centre_transform(model.patch_embed.img_size, crop_pct, transforms.BICUBIC)
     failed = False
-    for path in sources.image_paths(args.predict):
+    for path in folders.image_paths(args.predict):
         try:
             image = images.read_given_image(path, settings.sizes['in_chans'], args.background)
         except InputError as error:
