@@ -81,7 +81,7 @@ class Shapes:
         large = outline(x, y, rng, label, centre, rng.uniform(0.6, 0.8))
         away, angle = rng.uniform(0.5, 0.8), rng.uniform(0, 2 * math.pi)
         centre = away * math.cos(angle), away * math.sin(angle)
-        small = outline(x, y, rng, rng.integers(len(SHAPES)), centre, rng.uniform(0.2, 0.3))
+        small = outline(x, y, rng, rng.integers(len(SHAPES)), centre, rng.uniform(0.15, 0.25))
 
         image = texture(x, y, rng, 0.0, 0.4)
         layers = [(large, texture(x, y, rng, 0.6, 1.0)), (small, texture(x, y, rng, 0.3, 0.8))]
@@ -94,7 +94,7 @@ class Shapes:
 
 def outline(x, y, rng, label, centre, scale):
     """The coverage (H, W) in 0..1 of a shape that is turned a little, with one pixel of anti-aliasing."""
-    turn = rng.uniform(-0.8, 0.8)
+    turn = rng.uniform(-0.5, 0.5)
     dx, dy = (x - centre[0]) / scale, (y - centre[1]) / scale
     dx, dy = dx * math.cos(turn) + dy * math.sin(turn), dy * math.cos(turn) - dx * math.sin(turn)
     distance = SHAPES[Shapes.classes[label]](dx, dy, np.hypot(dx, dy), np.arctan2(dy, dx))
@@ -107,4 +107,4 @@ def texture(x, y, rng, low, high):
     angle, stripes, phase = (2 * np.pi * rng.random(3)).tolist()
     along, across = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
     waves = np.sin((4 + 1.3 * stripes) * across + phase)
-    return low + (high - low) * colour + (0.3 * slope - 0.15) * along + (0.2 * depth - 0.1) * waves
+    return low + (high - low) * colour + (0.3 * slope - 0.15) * along + (0.14 * depth - 0.07) * waves
