@@ -27,12 +27,13 @@ from unittest import mock
 import torch
 
 from benchmarks import report
-from models_mff import MODELS, create_model
+from models_mff import MODELS, MaskedAutoencoderMFF, model_sizes
 from util import distributed, optim
-from util.args import ArgumentParser, RunError, number, run
+from util.args import ArgumentParser, number, run
+from util.errors import RunError
 from util.weights import convert_state_dict
 
-SIZES = [name.removeprefix('mff_vit_').rsplit('_', 1)[0] for name in MODELS]
+SIZES = {name.split('_')[1]: name for name in MODELS}  # 'base': 'vit_base_patch16'
 LR, WEIGHT_DECAY, BETAS = 1e-4, 0.05, (0.9, 0.95)
 PRODUCTS = 10
 
@@ -149,7 +150,7 @@ CEILING = 'product'  # a variant that is always measured
 
 def model_of_size(size):
     torch.manual_seed(0)
-    return create_model(next(name for name in MODELS if name.startswith(f'mff_vit_{size}_')))
+    return MaskedAutoencoderMFF(**model_sizes(SIZES[size]))
 
 
 def import_peer():

@@ -7,8 +7,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import report, scaling, startup, step
-from models_mff import create_model
+from benchmarks import report, scaling, step
+from models_mff import MaskedAutoencoderMFF, model_sizes
 from util.args import run
 
 
@@ -17,7 +17,7 @@ def test_flops_are_those_of_mae(size, gigaflops):
     """Published arithmetic of a training step of plain MAE; fusion adds V + 1 tokens through K - 1 square layers."""
     with torch.device('meta'):
         model = step.model_of_size(size)
-        plain = create_model(f'mff_vit_{size}_patch16', fuse_layers=[len(model.blocks) - 1])
+        plain = MaskedAutoencoderMFF(**model_sizes(f'vit_{size}_patch16', fuse_layers=(len(model.blocks) - 1,)))
     K, D = len(model.fuse_layers), model.pos_embed.shape[-1]
     assert 3e-9 * step.forward_flops(plain) == pytest.approx(gigaflops, abs=0.05)
     assert step.forward_flops(model) - step.forward_flops(plain) == 2 * 50 * (K - 1) * D**2
@@ -82,34 +82,25 @@ def benchmark(monkeypatch, capsys, tmp_path):
 
 
 def test_step_runs(benchmark, tmp_path):
-    flags = '--models tiny --variants mff --batch_size 2 --steps 1 --rounds 1 --amp bf16'
+    flags = '--models nano --variants mff --batch_size 2 --steps 1 --rounds 1 --amp bf16'
     assert benchmark(step, flags).endswith((tmp_path / 'out.md').read_text())  # the table comes last
     result = json.loads((tmp_path / 'out.json').read_text())
-    assert result['rounds']['tiny']['rates']['mff'][0] > 0 and 'mff' in result['rounds']['tiny']['memory']
+    assert result['rounds']['nano']['rates']['mff'][0] > 0 and 'mff' in result['rounds']['nano']['memory']
     assert [row['variant'] for row in result['table']] == ['mff'] and 'benchmarks.step --device cpu' in result[
         'command'
     ]
 
 
 def test_profile_finds_what_is_fused(benchmark):
-    printed = benchmark(step, '--models tiny --batch_size 2 --profile')
+    printed = benchmark(step, '--models nano --batch_size 2 --profile')
     assert 'scaled_dot_product_flash' in printed and '_fused_adamw_' in printed
 
 
 def test_scaling_runs(benchmark, tmp_path):
-    benchmark(scaling, '--processes 2 --model tiny --total_batch_size 4 --batch_size 1 --steps 1 --rounds 1')
+    benchmark(scaling, '--processes 2 --model nano --total_batch_size 4 --batch_size 1 --steps 1 --rounds 1')
     result = json.loads((tmp_path / 'out.json').read_text())
     assert [row['processes'] for row in result['table']] == [2]
     assert all(seconds > 0 for seconds in result['rounds']['2'][0].values())
-
-
-def test_startup_runs(monkeypatch, capsys):
-    monkeypatch.setattr(startup, 'ROUNDS', 1)
-    startup.main(['@recipes/demo_pretrain.txt', '--total_batch_size', '2', '--num_workers', '0', '--device', 'cpu'])
-    printed = capsys.readouterr().out
-    assert all(f'| {stage} |' in printed for stage in ('import torch', 'import main_pretrain', 'first step'))
-    with pytest.raises(SystemExit, match='"step 1/": .*no such folder'):
-        startup.seconds(['main_pretrain.py', '--data_path', 'nowhere'], until='step 1/')
 
 
 @pytest.mark.parametrize(
