@@ -1,8 +1,8 @@
 """Every flag of every job: it reaches what it is for, it changes nothing else, and resuming refuses it or accepts it.
 
-CASES has an entry for each flag; a flag without one is a failure. The flag is tried in a whole run of four steps, whose
-facts (what was built, what the network saw, what the optimiser did, what was logged and written) are compared with
-those of the same run without it.
+CASES has an entry for each flag, or several, FLAG/WHAT; a flag without one is a failure. The flag is tried in a whole
+run of four steps, whose facts (what was built, what the network saw, what the optimiser did, what was logged and
+written) are compared with those of the same run without it.
 """
 
 import functools
@@ -103,7 +103,7 @@ COMMON = {
     'min_lr': Case('--min_lr 1e-3', {'rates': [1e-6, 0.01, 0.01, 0.0055]}),
     'weight_decay': Case('--weight_decay 0.3', {'decays': [0, 0.3]}),
     'betas': Case('--betas 0.5 0.6', {'momentum': (0.5, 0.6)}),
-    'clip_grad': Case('--clip_grad 0.01', {'norm': 0.01}),
+    'clip_grad': Case('--clip_grad 0.01', {'norm': 0.01}, given='--batch_size 8'),
     # --- Run
     'output_dir': Case('--output_dir {root}/elsewhere', {'files': ..., 'log_steps': []}, exact=False, resume=None),
     'resume': Case('--resume {checkpoint}', {'start': 4, 'rates': []}, exact=False, resume=None),
@@ -180,6 +180,7 @@ CASES = {
         'reprob': Case('--reprob 0.9', {'erase': 0.9, 'sample': ..., **SEEN}),
         'mixup': Case('--mixup 0.3', {'mixup': (0.3, 1.0, 0.1), **SEEN}),
         'cutmix': Case('--cutmix 0.3', {'mixup': (0.8, 0.3, 0.1), 'draws': ..., **SEEN}),
+        'smoothing/unmixed': Case('--smoothing 0.3', {'smoothing': 0.3, 'norm': ...}, given='--mixup 0 --cutmix 0'),
         'smoothing': Case('--smoothing 0.3', {'mixup': (0.8, 1.0, 0.3), 'norm': ...}),
         'predict': Case('--predict {image} --init_from {checkpoint}', prints=r'\.png  \w+ [\d.]+%  \w+', resume=None),
         'json': Case(
@@ -209,6 +210,7 @@ CASES = {
         'background': replace(COMMON['background'], given='--data_path {clear_pairs}'),
         'max_bad': replace(COMMON['max_bad'], given='--data_path {broken_pairs}'),
         'total_batch_size': Case('--total_batch_size 4', {'batches': [4] * 8}, exact=False),
+        'clip_grad': Case('--clip_grad 0.01', {'norm': 0.01}),
         'batch_size': Case('--batch_size 4', fails='BatchNorm would average over 4 images only', resume=None),
         'epochs': Case('--epochs 3', {'rates': [1e-8, 0.01, 0.01, 2 / 300, 1 / 300, 0]}, exact=False),
         'warmup_epochs': Case('--warmup_epochs 0', {'rates': [0.01, 2 / 300, 1 / 300, 0]}),
@@ -441,7 +443,9 @@ def runs(places, tmp_path_factory):
 
 @pytest.mark.parametrize('job', JOBS)
 def test_every_flag_has_an_entry(job):
-    assert CASES[job].keys() | {'help'} == {action.dest for action in JOBS[job].get_parser()._actions}
+    assert {name.split('/')[0] for name in CASES[job]} | {'help'} == {
+        action.dest for action in JOBS[job].get_parser()._actions
+    }
 
 
 def parametrize_cases(wanted):
@@ -495,5 +499,5 @@ def test_resuming_with_another_value(job, name, runs, tmp_path, capsys):
         return
     with pytest.raises(SystemExit) as exit:
         observe(JOBS[job], arguments, tmp_path)
-    message = case.resume if case.resume != 'refused' else rf'--{name} .+ -> |another architecture'
+    message = case.resume if case.resume != 'refused' else rf'--{name.split("/")[0]} .+ -> |another architecture'
     assert exit.value.code == 2 and re.search(message, capsys.readouterr().err)

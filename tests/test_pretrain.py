@@ -1,6 +1,5 @@
 """Runs of main_pretrain.py, whole: what they write, and that their course depends on nothing but the recipe."""
 
-import math
 import re
 from argparse import Namespace
 from pathlib import Path
@@ -10,9 +9,8 @@ import torch
 from conftest import Result, command
 
 import main_pretrain
-from util import checkpoint, data, sources, transforms, visualize, weights
+from util import checkpoint, distributed, visualize
 from util.args import run
-from util.optim import make_schedule
 
 
 def test_a_run_trains_and_leaves_everything(pretrain, capsys):
@@ -56,7 +54,7 @@ def test_number_of_workers_changes_nothing(pretrain):
     assert runs[0].losses == runs[1].losses == runs[2].losses
 
 
-@pytest.mark.parametrize('accumulation, processes', [(2, 2), (1, 4)])
+@pytest.mark.parametrize('accumulation, processes', [(2, 2), pytest.param(1, 4, marks=pytest.mark.slow)])
 def test_number_of_processes_changes_nothing(pretrain, small_run, tmp_path, accumulation, processes):
     alone = pretrain('alone', '--batch_size', '4')  # one process, four accumulation steps
     arguments = small_run('many', '--batch_size', '4')
@@ -79,6 +77,35 @@ def test_resumed_in_mid_epoch_is_uninterrupted(pretrain, kill_after_saving):
         assert torch.equal(tensor, resumed.checkpoint['model'][name]), name
 
 
+def test_resumed_from_a_device_without_fused_kernels(pretrain):
+    """As from MPS: AdamW's step may be on the CPU and of any type, and fused kernels want it where the weights are."""
+    whole = pretrain('whole', '--epochs', '2')
+    half = pretrain('cut', '--epochs', '2', '--keep_every', '1').output_dir / 'checkpoint-0001.pth'
+    state = torch.load(half, weights_only=True)
+    for group in state['optimizer']['param_groups']:
+        group['fused'] = False
+    for values in state['optimizer']['state'].values():
+        values['step'] = values['step'].double()
+    torch.save(state, half)
+    resumed = pretrain('resumed', '--epochs', '2', '--resume', str(half), '--keep_every', '1')
+    assert resumed.losses == {step: loss for step, loss in whole.losses.items() if step > 4}
+    optimizer = resumed.checkpoint['optimizer']
+    assert all(group['fused'] for group in optimizer['param_groups'])
+    assert {values['step'].dtype for values in optimizer['state'].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    'agreed, message',
+    [([], 'the step of the checkpoint to resume; is --output_dir shared?: [0, 1]'), ([0], 'images: [64, 65]')],
+)
+def test_processes_must_agree(agreed, message, pretrain, monkeypatch, capsys):
+    """On the step, and on the number of images: the other process has one more."""
+    monkeypatch.setattr(distributed, 'gather', lambda value: [value, value + (value not in agreed)])
+    with pytest.raises(SystemExit) as exit:
+        pretrain('run')
+    assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_complete_run_has_nothing_to_do(pretrain, capsys):
     first = pretrain('run')
     before = first.checkpoint
@@ -90,53 +117,8 @@ def test_complete_run_has_nothing_to_do(pretrain, capsys):
 @pytest.mark.parametrize('amp', ['bf16', 'fp16'])
 def test_mixed_precision_follows_fp32(pretrain, amp):
     full, mixed = pretrain('full', '--amp', 'none'), pretrain('mixed', '--amp', amp)
-    assert mixed.losses == pytest.approx(full.losses, rel=0.02)
+    assert mixed.losses == pytest.approx(full.losses, rel=0.02) and mixed.losses != full.losses
     assert ('loss_scale' in mixed.entries[0]) == (amp == 'fp16')
-
-
-def test_clipping_bounds_the_gradient(pretrain, monkeypatch):
-    norms = []
-
-    class Watched(torch.optim.AdamW):
-        def step(self, *args, **kwargs):
-            gradients = [p.grad.flatten() for group in self.param_groups for p in group['params']]
-            norms.append(torch.cat(gradients).double().norm().item())
-            return super().step(*args, **kwargs)
-
-    monkeypatch.setattr(torch.optim, 'AdamW', Watched)
-    free = pretrain('free', '--epochs', '1')
-    assert norms == pytest.approx([entry['grad_norm'] for entry in free.entries if 'loss' in entry], rel=1e-4)
-    norms.clear()
-    pretrain('clipped', '--epochs', '1', '--clip_grad', '0.01', '--batch_size', '4')
-    assert norms == pytest.approx([0.01] * 4, rel=1e-3)
-
-
-def test_flags_reach_the_optimiser(pretrain):
-    flags = '--lr 2e-3 --min_lr 5e-4 --epochs 4 --warmup_epochs 2 --weight_decay 0.07 --betas 0.8 0.9'
-    result = pretrain('run', *flags.split())
-    rates = [entry['lr'] for entry in result.entries if 'loss' in entry]
-    assert rates[:8] == pytest.approx([2e-3 * (1e-4 + (1 - 1e-4) * step / 7) for step in range(8)])
-    cosine = [5e-4 + 1.5e-3 * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
-    assert rates[8:] == pytest.approx(cosine)
-    groups = result.checkpoint['optimizer']['param_groups']
-    assert sorted(group['weight_decay'] for group in groups) == [0.0, 0.07]
-    assert all(tuple(group['betas']) == (0.8, 0.9) for group in groups)
-    args = main_pretrain.get_parser().parse_args(['--data_path', 'x', '--total_batch_size', '16', '--blr', '0.016'])
-    assert make_schedule(args, 64).lr == pytest.approx(0.016 * 16 / 256)
-
-
-def test_validation_loss_is_that_of_the_validation_images(pretrain, folder):
-    result = pretrain('run', '--epochs', '1', '--batch_size', '8')
-    model, _ = weights.load_model(result.output_dir / 'checkpoint-last.pth')
-    source = sources.open_source(str(folder), 'val')
-    samples = data.Samples(source, transforms.centre_transform((16, 16)), model.patch_embed.num_patches)
-    losses = []
-    for index in range(20):
-        image, noise, _ = samples[0, index]
-        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-        img = (image / 255 - mean[:, None, None]) / std[:, None, None]
-        losses.append(model(img[None], 0.75, noise[None])[0].item())
-    assert result.entries[-1]['val_loss'] == pytest.approx(sum(losses) / 20, rel=1e-5)
 
 
 def test_divergence_stops_and_keeps_the_checkpoint(pretrain, capsys):
@@ -202,7 +184,7 @@ def test_bad_images_are_replaced_listed_and_limited(workers, pretrain, folder, t
     lines = (result.output_dir / 'bad_images.txt').read_text().splitlines()  # each once in three epochs
     assert sorted(line.split('\t')[0] for line in lines) == [str(tmp_path / name) for name in names]
     with pytest.raises(SystemExit) as exit:
-        pretrain('stopped', *flags)
+        pretrain('stopped', *flags, '--num_workers', '0')  # an exit with workers would end the tests
     assert exit.value.code == 1
     assert '5 of 45 images cannot be read, more than --max_bad 0.01' in capsys.readouterr().err
 
@@ -248,12 +230,9 @@ def test_visualize_reads_the_checkpoint(pretrain, folder, tmp_path):
         assert min(Image.open(tmp_path / name).size) > 100
 
 
-def test_grad_checkpointing_may_change_on_resuming(pretrain):
-    plain = pretrain('plain', '--epochs', '1')
-    checkpointed = pretrain('checkpointed', '--epochs', '1', '--grad_checkpointing', '--amp', 'bf16')
-    plain_bf16 = pretrain('plain_bf16', '--epochs', '1', '--amp', 'bf16')
-    assert checkpointed.losses == plain_bf16.losses != plain.losses
-    assert pretrain('checkpointed', '--epochs', '1', '--amp', 'bf16').checkpoint['step'] == 4
+def test_grad_checkpointing_changes_nothing(pretrain):
+    flags = '--epochs', '1', '--amp', 'bf16'
+    assert pretrain('checkpointed', *flags, '--grad_checkpointing').losses == pretrain('plain', *flags).losses
 
 
 @pytest.mark.slow
@@ -284,8 +263,7 @@ def test_compiling_without_a_compiler_is_said(small_run, tmp_path):
     assert done.returncode == 2
     assert re.search(r'^main_pretrain.py: error: --compile does not work .*; --no-compile [^\n]+$', done.stderr, re.M)
     assert 'Traceback' not in done.stderr
-    done = command('main_pretrain.py', *flags, '--no-compile', '--epochs', '1', CXX='/no/compiler')
-    assert done.returncode == 0, done.stderr
+    assert not main_pretrain.get_parser().parse_args([*flags, '--no-compile']).compile
 
 
 # --- A user's mistakes: one line, exit code 2, before anything is started --------------------------------------
@@ -315,7 +293,7 @@ MISTAKES = {
     'cannot write there': ['--output_dir', '/dev/null/output'],
     'missing.pth: No such file': ['--resume', 'missing.pth'],
     'not a weights file': ['--resume', '{broken}/0.jpg'],
-    "No such file or directory: 'missing.txt'": ['@missing.txt'],
+    'missing.txt: No such file': ['@missing.txt'],
     'no such device': ['--device', 'abacus'],
 }
 
@@ -336,25 +314,11 @@ def test_a_mistake_gets_one_line_and_code_2(message, pretrain, tmp_path, capsys,
     assert message in printed.err and re.fullmatch(r'[^\n]*error: [^\n]+\n', printed.err), printed.err
 
 
-def test_resume_refuses_another_architecture_and_changed_flags(pretrain, capsys):
-    pretrain('run', '--epochs', '1')
-    for flags, message in [
-        (['--fuse_layers', '3'], 'another architecture'),
-        (['--lr', '5e-4'], '--lr 0.001 -> 0.0005'),
-        (['--epochs', '2'], '--epochs 1 -> 2'),
-    ]:
-        with pytest.raises(SystemExit) as exit:
-            pretrain('run', *flags, *(['--epochs', '1'] if '--epochs' not in flags else []))
-        assert exit.value.code == 2
-        assert message in capsys.readouterr().err
-    assert pretrain('run', '--epochs', '2', '--force_resume').checkpoint['step'] == 8
-
-
-def test_total_batch_that_does_not_divide_over_processes():
-    flags = '--data_path shapes --model vit_nano_patch4 --total_batch_size 17 --output_dir output/none'
-    done = command('main_pretrain.py', *flags.split(), WORLD_SIZE='2', RANK='0', LOCAL_RANK='0')
-    assert done.returncode == 2
-    assert '17 cannot be split over 2 processes; 16 or 18 can' in done.stderr
+def test_total_batch_that_does_not_divide_over_processes(pretrain, monkeypatch, capsys):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(SystemExit) as exit:
+        pretrain('run', '--total_batch_size', '17')
+    assert exit.value.code == 2 and '17 cannot be split over 2 processes; 16 or 18 can' in capsys.readouterr().err
 
 
 def test_damaged_checkpoint_falls_back_to_the_previous(pretrain, capsys):
