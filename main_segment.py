@@ -24,12 +24,12 @@ from models_upernet import UperNet, default_levels
 from util import (
     checkpoint,
     distributed,
+    folders,
     images,
     masks,
     mix,
     optim,
     segmentation,
-    sources,
     transforms,
     visualize,
     weights,
@@ -39,7 +39,7 @@ from util.errors import InputError, as_input_error
 
 
 def get_parser():
-    parser = ArgumentParser(__doc__)
+    parser = ArgumentParser(__doc__, usage='%(prog)s [@RECIPE] [--FLAG VALUE ...]')
     add_common_arguments(parser)
     add_model_arguments(parser, MODELS)
     parser.set_defaults(lr=1e-4, betas=[0.9, 0.999], epochs=100)
@@ -248,7 +248,7 @@ def predict(args):
     model.to(device)
     folder, failed, written = os.path.join(args.output_dir, 'predictions'), False, set()
     checkpoint.make_output_dir(folder)
-    for path in sources.image_paths(args.predict):
+    for path in folders.image_paths(args.predict):
         try:
             image = images.read_given_image(path, settings.sizes['in_chans'], args.background)
         except InputError as error:
