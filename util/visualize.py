@@ -395,7 +395,11 @@ def main(args):
     if out is None:
         first = args.paths[0]
         folder = first if os.path.isdir(first) else os.path.dirname(first)
-        out = os.path.join(folder if len(args.paths) == 1 else '', f'{args.figure}.png')
+        out = folder if len(args.paths) == 1 and folder else '.'
+    if os.path.isdir(out):
+        out = os.path.join(out, f'{args.figure}.png')
+    elif not os.path.splitext(out)[1]:
+        out += '.png'
     try:
         figure.savefig(out)
     except (OSError, ValueError, RuntimeError) as error:
