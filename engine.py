@@ -145,7 +145,8 @@ def describe(run, model, job):
         f'{schedule.total_batch_size} = {schedule.batch_size} x {run.world_size} processes x {schedule.accumulation} '
         'accumulated',
         f'training: steps {run.start} to {schedule.total_steps}, peak learning rate {schedule.lr:.3g}',
-        f'{output_dir} needs {2 * 4e-6 * (parameters + 2 * trained):.0f} MB for two checkpoints',  # AdamW keeps 2 more
+        f'disk: {3 if "classes" in run.record else 2} checkpoints of {4e-6 * (parameters + 2 * trained):.0f} MB in '
+        f'{output_dir}, and one more while it saves',  # AdamW keeps two numbers for each one that is trained
     ]
     if schedule.lr < 1e-4 * math.sqrt(schedule.total_batch_size / 256):
         lines.append(

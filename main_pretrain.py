@@ -113,17 +113,18 @@ def main(args):
     if state.rank == 0:
         done = 'Training was complete before' if state.start == schedule.total_steps else 'Done'
         last = f'{args.output_dir}/{checkpoint.LAST}'
-        probe = f'--data_path {args.data_path} --init_from {last}'
+        flags = f'--data_path {args.data_path} --init_from {last}'
         if args.val_path:
-            probe = f'--val_path {args.val_path} {probe}'
+            flags = f'--val_path {args.val_path} {flags}'
         elif args.val_share:
-            probe = f'--val_share {args.val_share:g} {probe}'
+            flags = f'--val_share {args.val_share:g} {flags}'
+        probe = '--features FEATURES.npz' if train_source.labels is None else '--knn 20'
         print(
             f'{done}. In {args.output_dir}: {checkpoint.LAST}, reconstruction.png, log.jsonl, TensorBoard events\n'
             f'  curves:          tensorboard --logdir {args.output_dir}\n'
             f'  as a picture:    python -m util.visualize curves {args.output_dir}\n'
             f'  reconstruction:  python -m util.visualize reconstruct {last} --images IMAGE ...\n'
-            f'  neighbours:      python main_linprobe.py --knn 20 {probe}'
+            f'  features:        python main_linprobe.py {probe} {flags}'
         )
 
 
