@@ -57,6 +57,7 @@ def get_parser():
     add('--warmup_steps', type=number(int, 0), help='instead of --warmup_epochs')
     add('--layer_decay', type=number(float, 0, 1), default=0.65, help=f'rate of a block over the next {default}')
     add('--drop_path', type=number(float, 0, 0.99), default=0.1, help=f'at the last block {default}')
+    add('--classifier_std', type=number(float, 0), default=0.01, help=f"of the classifiers' first weights {default}")
     add('--grad_checkpointing', action='store_true', help='less memory: activations are computed twice')
     add = parser.add_argument_group('evaluation and prediction').add_argument
     add('--eval', action='store_true', help='only evaluate the segmenter of --init_from')
@@ -77,7 +78,8 @@ def main(args):
     train_source, val_source = masks.open_pairs(args, settings.sizes, labels, only_val=args.eval)
     classes = val_source.classes
     with as_input_error():
-        model = UperNet(**settings.sizes, num_classes=len(classes), drop_path=args.drop_path)
+        heads = {'num_classes': len(classes), 'classifier_std': args.classifier_std}
+        model = UperNet(**settings.sizes, **heads, drop_path=args.drop_path)
     model.encoder.set_grad_checkpointing(args.grad_checkpointing)
     origin = engine.initial_weights(args, model, settings, complete=args.eval)
     val_samples = segmentation.PairSamples(val_source, segmentation.unchanged)

@@ -190,6 +190,25 @@ def test_sizes_that_do_not_fit(change, message):
         UperNet(**sizes | change, channels=8)
 
 
+def test_initialisation_is_the_references():
+    """ConvModule: kaiming-normal by fan-out, BatchNorm 1 and 0; classifiers N(0, 0.01), 0; the neck torch's default."""
+    torch.manual_seed(0)
+    model = UperNet(
+        img_size=32, patch_size=4, embed_dim=96, depth=4, num_heads=4, num_classes=50, levels=(0, 1, 2, 3), channels=64
+    )
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            assert (module.weight == 1).all() and (module.bias == 0).all()
+        elif isinstance(module, torch.nn.Conv2d) and not name.startswith('encoder'):
+            is_classifier = name in ('classifier.1', 'aux_head.2')
+            fan_out = module.out_channels * module.weight[0, 0].numel()
+            expected = 0.01 if is_classifier else (2 / fan_out) ** 0.5
+            assert module.weight.std().item() == pytest.approx(expected, rel=0.1), name
+            assert (module.bias is not None) == is_classifier and (module.bias is None or (module.bias == 0).all())
+    for block in model.encoder.blocks:
+        assert (block.gamma_1 == 1).all() and (block.attn.relative_position_bias_table == 0).all()
+
+
 # --- Inference and scores -------------------------------------------------------------------------------------
 
 
