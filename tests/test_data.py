@@ -254,6 +254,14 @@ def test_bad_images_are_left_out_of_evaluation(tmp_path):
     assert lines == [f'images/{index}.png\tno image' for index in (2, 4, 5)]  # once each
 
 
+def test_bad_images_are_replaced_in_training():
+    samples = data.Samples(Source(7, bad=[2, 4, 5]), lambda image: image)
+    batches = list(data.Loader(samples, data.fixed_batches(7, 2), CPU, STATISTICS, 0))
+    assert [len(images) for images, _ in batches] == [2, 2, 2, 1]
+    labels = torch.cat([labels for _, labels in batches]).tolist()
+    assert [labels[index] for index in (0, 1, 3, 6)] == [0, 1, 3, 6] and not {2, 4, 5} & set(labels)
+
+
 def test_each_process_has_its_own_list(tmp_path, monkeypatch):
     for rank, name in ((0, 'bad_images.txt'), (1, 'bad_images-1.txt'), (12, 'bad_images-12.txt')):
         monkeypatch.setattr(distributed, 'world', lambda rank=rank: (rank, 16))
