@@ -20,8 +20,9 @@ import torch
 
 from benchmarks import report
 from benchmarks.step import SIZES, model_of_size, our_step, synchronise
-from util import data, distributed
+from util import distributed
 from util.args import ArgumentParser, number, run
+from util.optim import split_batch
 
 
 def get_parser():
@@ -50,7 +51,7 @@ def main(args):
         return work(args)
     rounds = {processes: [] for processes in args.processes}
     for processes in args.processes:
-        data.split_batch(args.total_batch_size, batch_size(args), processes)  # a mistake shows before anything starts
+        split_batch(args.total_batch_size, batch_size(args), processes)  # a mistake shows before anything starts
     for _ in range(args.rounds):
         for processes, results in rounds.items():
             results.append(launch(processes, args))
@@ -80,7 +81,8 @@ def work(args):
     """One of the processes: the first prints what launch returns."""
     rank, world_size = distributed.world()
     device = distributed.start(args.device)
-    batch, accumulation = data.split_batch(args.total_batch_size, batch_size(args), world_size)
+    batch = split_batch(args.total_batch_size, batch_size(args), world_size)
+    accumulation = args.total_batch_size // (batch * world_size)
     step = our_step(args.model, device, args.amp, args.compile)
     imgs = torch.randn(batch, 3, *model_of_size(args.model).patch_embed.img_size, device=device)
     seconds = {}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from util import data, distributed, transforms, workers
-from util.errors import InputError, RunError
+from util.errors import RunError
 from util.shapes import Shapes
 
 CPU = torch.device('cpu')
@@ -76,32 +76,6 @@ def test_a_stream_resumes_at_any_step():
 def test_fixed_batches_hold_every_sample_once():
     shares = [data.fixed_batches(11, 2, rank, 3) for rank in range(3)]
     assert sorted(key for share in shares for batch in share for key in batch) == [(0, index) for index in range(11)]
-
-
-@pytest.mark.parametrize(
-    'total, per_device, world_size, expected',
-    [
-        (4096, 512, 8, (512, 1)),
-        (4096, 256, 1, (256, 16)),
-        (4096, 64, 16, (64, 4)),
-        (96, None, 2, (48, 1)),
-        (16, 32, 1, (16, 1)),  # an upper bound
-        (16, 32, 2, (8, 1)),
-    ],
-)
-def test_total_batch_is_the_product(total, per_device, world_size, expected):
-    assert data.split_batch(total, per_device, world_size) == expected
-
-
-@pytest.mark.parametrize('total, per_device, world_size', [(4096, 48, 8), (100, 64, 1), (10, None, 4)])
-def test_total_batch_suggestions_would_do(total, per_device, world_size):
-    with pytest.raises(InputError) as error:
-        data.split_batch(total, per_device, world_size)
-    suggestions = [int(word) for word in str(error.value).split(';')[1].replace(',', ' ').split() if word.isdigit()]
-    assert suggestions
-    for number in suggestions:
-        fits = data.split_batch(total, number, world_size) if per_device else data.split_batch(number, None, world_size)
-        assert fits[0] * fits[1] * world_size == (total if per_device else number)
 
 
 # --- What is drawn for a sample -----------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from util.optim import Schedule, learning_rate, param_groups
+from util.errors import InputError
+from util.optim import Schedule, learning_rate, param_groups, split_batch
 
 
 def rate(step, total, warmup, lr, min_lr=0.0, **others):
@@ -66,3 +67,25 @@ def test_layer_decay_needs_a_model_that_knows_its_layers():
 
     with pytest.raises(ValueError, match='group_matcher'):
         param_groups(Plain(2, 2), 0.05, layer_decay=0.65)
+
+
+@pytest.mark.parametrize(
+    'total, limit, world_size, expected',
+    [(4096, 512, 8, 512), (4096, 256, 1, 256), (96, None, 2, 48), (16, 32, 1, 16), (16, 32, 2, 8), (4096, 48, 8, 32)],
+)
+def test_batch_size_is_an_upper_bound(total, limit, world_size, expected):
+    assert split_batch(total, limit, world_size) == expected
+    assert total % (expected * world_size) == 0
+
+
+@pytest.mark.parametrize('total, limit, world_size', [(554, 256, 1), (17, 6, 1), (10, None, 4)])
+def test_total_batch_suggestions_would_do(total, limit, world_size):
+    with pytest.raises(InputError) as error:
+        split_batch(total, limit, world_size)
+    suggestions = [int(word) for word in str(error.value).split(';')[1].replace(',', ' ').split() if word.isdigit()]
+    assert suggestions
+    for number in suggestions:
+        if limit:
+            assert split_batch(total, number, world_size) == number
+        else:
+            split_batch(number, None, world_size)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from util import distributed
-from util.errors import InputError, RunError
+from util.errors import RunError
 from util.transforms import normalise
 from util.workers import default_workers, prefetch_factor, start_workers, worker_options
 
@@ -194,32 +194,6 @@ def fixed_batches(num_samples, batch_size, rank=0, world_size=1):
     """Keys of every sample once, in order, shared out over the processes; always of epoch 0, so nothing varies."""
     keys = [(0, index) for index in range(rank, num_samples, world_size)]
     return [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
-
-
-def split_batch(total, per_device, world_size):
-    """Total batch -> (images on a device at a time, accumulation steps): total = per device x processes x steps.
-
-    per_device is an upper bound; None is as much as there is.
-
-    Raises:
-        InputError: if the total cannot be split; it says which numbers could.
-    """
-    if total % world_size:
-        near = [n for n in (total // world_size * world_size, -(-total // world_size) * world_size) if n]
-        raise InputError(
-            f'--total_batch_size {total} cannot be split over {world_size} processes; '
-            f'{" or ".join(map(str, dict.fromkeys(near)))} can'
-        )
-    share = total // world_size
-    per_device = min(per_device or share, share)
-    if share % per_device:
-        fits = [n for n in range(1, share + 1) if share % n == 0]
-        near = sorted(sorted(fits, key=lambda n: abs(n - per_device))[:4])
-        raise InputError(
-            f'--total_batch_size {total} is not --batch_size {per_device} x {world_size} processes x a '
-            f'whole number of accumulation steps; --batch_size {", ".join(map(str, near))} would do'
-        )
-    return per_device, share // per_device
 
 
 # --- The loader -----------------------------------------------------------------------------------------------
