@@ -38,7 +38,7 @@ def is_default(args):
 
 
 def create_model(args, settings):
-    """The VariantMFF of a run's flags and settings (.sizes, .mean, .std; util/weights.py). Raises ValueError as it does."""
+    """The VariantMFF of a run's flags and settings (.sizes, .mean, .std). Raises ValueError as it does."""
     return VariantMFF(
         **chosen(args),
         mean=settings.mean,
