@@ -12,9 +12,11 @@ from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
 import main_segment
+from models_upernet import UperNet
 from tests.conftest import ROOT, Result, command
-from util import masks, optim, segmentation, transforms
+from util import masks, optim, segmentation, transforms, weights
 from util.args import run
+from util.images import read_image
 from util.shapes import Shapes
 from util.sources import Options
 
@@ -228,6 +230,33 @@ def test_prediction_is_at_the_images_own_size(pairs, tmp_path, capsys):
     assert np.array(predicted).max() < 11
     overlay = Image.open(tmp_path / 'run/predictions/1_overlay.png')
     assert overlay.width > predicted.width and overlay.height >= predicted.height
+
+
+def test_a_segmenter_of_mmsegmentation_predicts(pairs, tmp_path):
+    """Its sizes follow from its tensors; the prediction is that of the model itself."""
+    reference = torch.load(ROOT / 'tests/data/seg_tiny.pt', weights_only=True)
+    torch.save({'state_dict': reference['state'], 'meta': {}}, tmp_path / 'mmseg.pth')
+    image = pairs / 'images/val/1.png'
+    flags = ['--predict', str(image), '--init_from', str(tmp_path / 'mmseg.pth'), '--output_dir', str(tmp_path)]
+    run(main_segment.main, main_segment.get_parser(), [*flags, '--device', 'cpu'])
+    config = reference['config']
+    model = UperNet(
+        img_size=config['img'],
+        patch_size=config['patch'],
+        embed_dim=config['dim'],
+        depth=config['depth'],
+        num_heads=config['heads'],
+        num_classes=config['classes'],
+        levels=config['out'],
+        channels=config['channels'],
+        aux_channels=config['aux_channels'],
+    )
+    model.load_state_dict(weights.convert_state_dict(reference['state']))
+    imgs = transforms.normalise(read_image(image)[None], *weights.default_statistics(3).values())
+    window = segmentation.Window(config['img'], (32, 32), (4 * config['img'][0], config['img'][0]))
+    with torch.no_grad():
+        expected = segmentation.segment(model.eval(), imgs, window, imgs.shape[-2:])
+    assert np.array_equal(np.array(Image.open(tmp_path / 'predictions/1.png')), expected[0].numpy())
 
 
 # --- Recipes --------------------------------------------------------------------------------------------------
