@@ -1,11 +1,10 @@
 """Table and figures of an ablation, from the files of its finished runs (benchmarks/ablation.py).
 
-python -m benchmarks.ablation_report results/ablation_demo
+python -m benchmarks.ablation_report results/demo
 """
 
 import itertools
 import json
-import os
 import statistics
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from util.args import ArgumentParser, run
 from util.errors import InputError
 from util.visualize import draw_fusion_curves, finish, fusion_curves
 
-MEASURES = {  # name of a curve: its name for people
+MEASURES = {  # name of a curve in a result: its name for people
     'val_loss': 'validation loss',
     'val_knn_cls': '20-NN, cls token, subset',
     'val_knn_patches': '20-NN, mean of patches, subset',
@@ -25,8 +24,7 @@ MEASURES = {  # name of a curve: its name for people
     'logistic_patches': 'logistic, mean of patches',
     'finetune': 'fine-tuning',
 }
-COLOURS = {'MAE': 'C0', 'MFF': 'C1'}  # in every figure; the others follow
-BASE = 'MAE'  # what the others are compared with
+RANDOM, BASE = 'random', 'MAE'  # the zero line, and what the others are compared with
 
 
 def get_parser():
@@ -40,13 +38,12 @@ def main(args):
 
 
 def read_results(folder):
-    """The results in a folder, {variant: {seed: result}}."""
-    results = [json.loads(path.read_text()) for path in sorted(Path(folder).glob('*-seed*.json'))]
-    order = {name: index for index, name in enumerate(('random', 'MAE', 'MFF'))}
-    groups = {}
-    for result in sorted(results, key=lambda result: order.get(result['variant'], 9)):
+    """The results in a folder, {variant: {seed: result}}; MAE first."""
+    groups = {BASE: {}}
+    for path in sorted(Path(folder).glob('*-seed*.json')):
+        result = json.loads(path.read_text())
         groups.setdefault(result['variant'], {})[result['seed']] = result
-    return groups
+    return {variant: group for variant, group in groups.items() if group}
 
 
 def write_report(folder):
@@ -58,73 +55,78 @@ def write_report(folder):
     Path(folder, 'table.md').write_text(table + '\n')
     for name, figure in (('curves', curves_figure(groups)), ('fusion', fusion_figure(groups))):
         if figure is not None:
-            figure.savefig(os.path.join(folder, f'{name}.png'))
+            figure.savefig(Path(folder, f'{name}.png'))
     return table
+
+
+def curves_of(groups, name):
+    """{variant: {seed: [(epoch, value)]}} of one measure, and what random weights give, [value], at epoch 0."""
+    curves = {
+        variant: {seed: result['curves'][name] for seed, result in group.items() if name in result['curves']}
+        for variant, group in groups.items()
+    }
+    starts = [points[0][1] for group in curves.values() for points in group.values() if points[0][0] == 0]
+    return {variant: group for variant, group in curves.items() if group and variant != RANDOM}, starts
 
 
 # --- Table --------------------------------------------------------------------------------------------------------
 
 
 def make_table(groups):
-    """Markdown: mean and deviation of each measure at the end, differences to MAE seed by seed, epochs it takes."""
-    measures = [
-        name for name in MEASURES if any(name in r['curves'] for runs in groups.values() for r in runs.values())
-    ]
-    rows = [['', 'runs', *(MEASURES[name] for name in measures)], ['---'] * (len(measures) + 2)]
-    for variant, runs in groups.items():
-        columns = [[final(run, name) for run in runs.values() if name in run['curves']] for name in measures]
-        rows.append([variant, len(runs), *(in_words(values) for values in columns)])
-    for variant, runs in groups.items():
-        both = sorted(runs.keys() & groups.get(BASE, {}).keys())
-        if variant in (BASE, 'random') or not both:
-            continue
-        pairs = [(runs[seed], groups[BASE][seed]) for seed in both]
-        columns = [
-            [final(ours, name) - final(theirs, name) for ours, theirs in pairs if name in ours['curves']]
-            for name in measures
+    """Markdown: mean and deviation of each measure at the end, differences to MAE, epochs to its final accuracy."""
+    cells = {title: {} for title in ('random weights', *groups) if title != RANDOM}  # {row: {measure: text}}
+    notes = []
+    for name in MEASURES:
+        digits = 3 if name == 'val_loss' else 1
+        curves, starts = curves_of(groups, name)
+        if starts:
+            cells['random weights'][name] = in_words(starts, digits)
+        final = {variant: {seed: points[-1][1] for seed, points in group.items()} for variant, group in curves.items()}
+        for variant, values in final.items():
+            cells[variant][name] = in_words(list(values.values()), digits)
+        for variant in final.keys() - {BASE}:
+            both = sorted(final[variant].keys() & final.get(BASE, {}).keys())
+            differences = [final[variant][seed] - final[BASE][seed] for seed in both]
+            cells.setdefault(f'{variant} - {BASE}', {})[name] = in_words(differences, digits, '+')
+            if both and name in ('val_knn_cls', 'val_knn_patches'):
+                epochs = [epochs_to_reach(curves[variant][seed], final[BASE][seed]) for seed in both]
+                notes.append(
+                    f'- Epochs until {variant} reaches the final accuracy of {BASE}, {MEASURES[name]}, seed by seed: '
+                    f'{", ".join(epochs)}, of {curves[BASE][both[0]][-1][0]:g}'
+                )
+    measures = [name for name in MEASURES if any(name in row for row in cells.values())]
+    lines = [['', *(MEASURES[name] for name in measures)], ['---'] * (1 + len(measures))]
+    lines += [[title, *(row.get(name, '') for name in measures)] for title, row in cells.items() if row]
+    counts = ', '.join(f'{len(group)} of {variant}' for variant, group in groups.items())
+    results = [result for group in groups.values() for result in group.values()]
+    sources = {f'{result["command"]}  \n{result["device"]}; {result["versions"]}' for result in results}
+    return '\n'.join(
+        [
+            *(f'| {" | ".join(cells)} |' for cells in lines),
+            f'\nMean ± standard deviation over runs ({counts}); accuracies in %; differences seed by seed.\n',
+            *notes,
+            *(f'\n{source}' for source in sorted(sources)),
         ]
-        rows.append([f'{variant} - {BASE}', len(both), *(in_words(values, '+') for values in columns)])
-    lines = [f'| {" | ".join(map(str, row))} |' for row in rows]
-    lines += ['', 'Mean ± standard deviation over seeds; accuracies in %; differences seed by seed.', '']
-    for name in ('val_knn_patches', 'val_knn_cls'):
-        for variant, runs in groups.items():
-            both = sorted(runs.keys() & groups.get(BASE, {}).keys())
-            if variant not in (BASE, 'random') and both and all(name in runs[seed]['curves'] for seed in both):
-                epochs = [epochs_to_reach(runs[s]['curves'][name], final(groups[BASE][s], name)) for s in both]
-                needed = ', '.join('never' if epoch is None else f'{epoch:.1f}' for epoch in epochs)
-                total = groups[BASE][both[0]]['curves'][name][-1][0]
-                goal = f'the final {MEASURES[name]} of {BASE}'
-                lines.append(f'- Epochs until {variant} reaches {goal}, seed by seed: {needed}, of {total:g}')
-    lines += [
-        '',
-        *sorted({f'{r["command"]}  \n{r["device"]}; {r["versions"]}' for g in groups.values() for r in g.values()}),
-    ]
-    return '\n'.join(lines)
+    )
 
 
-def final(run, name):
-    return run['curves'][name][-1][1]
-
-
-def in_words(values, sign=''):
+def in_words(values, digits, sign=''):
     """'mean ± sample standard deviation'; of one value, the value; of none, nothing."""
     if not values:
         return ''
-    digits = 3 if max(map(abs, values)) < 3 and sign == '' else 2
     mean = f'{statistics.fmean(values):{sign}.{digits}f}'
     return f'{mean} ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else mean
 
 
 def epochs_to_reach(points, value):
-    """The epoch at which the broken line through points [(epoch, value)] first has this value; None if never."""
+    """The epoch at which the broken line through points [(epoch, value)] first has this value, as text, or 'never'."""
     before = None
     for epoch, now in points:
         if now >= value:
-            return (
-                epoch if before is None else before[0] + (epoch - before[0]) * (value - before[1]) / (now - before[1])
-            )
+            share = 1 if before is None else (value - before[1]) / (now - before[1])
+            return f'{epoch if before is None else before[0] + share * (epoch - before[0]):.1f}'
         before = epoch, now
-    return None
+    return 'never'
 
 
 # --- Figures ------------------------------------------------------------------------------------------------------
@@ -133,52 +135,49 @@ def epochs_to_reach(points, value):
 def curves_figure(groups):
     """Each measure against epochs: a colour per variant, a thin line per seed, a thick one for their mean.
 
-    The grey line is the mean of what random weights give, epoch 0.
+    The grey line is what random weights give.
     """
-    all_runs = [run for runs in groups.values() for run in runs.values()]
-    names = [name for name in MEASURES if any(len(run['curves'].get(name, ())) > 1 for run in all_runs)]
-    if not names:
+    panels = {name: curves_of(groups, name) for name in MEASURES}
+    panels = {
+        name: (curves, starts)
+        for name, (curves, starts) in panels.items()
+        if any(len(points) > 1 for group in curves.values() for points in group.values())
+    }
+    if not panels:
         return None
-    columns = min(4, len(names))
-    rows = -(-len(names) // columns)
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4 * columns, 3.8 * rows), layout='constrained', dpi=100)
-    spare = (f'C{index}' for index in itertools.count(2))
-    colours = {variant: COLOURS.get(variant) or next(spare) for variant in groups if variant != 'random'}
-    for place, name in enumerate(names):
+    colours = dict(zip((variant for variant in groups if variant != RANDOM), (f'C{i}' for i in itertools.count())))
+    for place, (name, (curves, starts)) in enumerate(panels.items()):
         axes = figure.add_subplot(rows, columns, place + 1)
-        start = [
-            run['curves'][name][0][1] for run in all_runs if name in run['curves'] and run['curves'][name][0][0] == 0
-        ]
-        if start:
-            axes.axhline(statistics.fmean(start), color='grey', linestyle='--', label='random weights')
-        for variant, colour in colours.items():
-            curves = [run['curves'][name] for run in groups[variant].values() if name in run['curves']]
-            for points in curves:
-                axes.plot(*zip(*points), color=colour, linewidth=0.7, alpha=0.7)
-            if curves:
-                epochs = [epoch for epoch, _ in curves[0]]
-                means = [
-                    statistics.fmean(values) for values in zip(*([value for _, value in points] for points in curves))
-                ]
-                axes.plot(epochs, means, color=colour, linewidth=2, label=f'{variant}, mean of {len(curves)}')
+        if starts:
+            axes.axhline(statistics.fmean(starts), color='grey', linestyle='--', label='random weights')
+        for variant, group in curves.items():
+            for points in group.values():
+                axes.plot(*zip(*points), color=colours[variant], linewidth=0.7, alpha=0.7)
+            values = zip(*([value for _, value in points] for points in group.values()))
+            epochs = [epoch for epoch, _ in next(iter(group.values()))]
+            mean = list(map(statistics.fmean, values))
+            axes.plot(epochs, mean, color=colours[variant], linewidth=2, label=f'{variant}, {len(group)} seeds')
         axes.set_title(MEASURES[name])
-        finish(axes, 'epoch', '' if 'loss' in name else 'accuracy, %')
+        finish(axes, 'epoch', '' if name == 'val_loss' else 'accuracy, %')
     return figure
 
 
 def fusion_figure(groups):
-    """Fusion weights over training: a panel per variant that learns some, a colour per block, a line per seed."""
+    """Fusion weights over training: a panel per variant that learns some, a colour per block, a line style per seed."""
     panels = {}
-    for variant, runs in groups.items():
-        lines = {f'seed {seed}': fusion_curves(result['curves']) for seed, result in runs.items()}
+    for variant, group in groups.items():
+        lines = {f'seed {seed}': fusion_curves(result['curves']) for seed, result in group.items()}
         if any(lines.values()):
             panels[variant] = lines
     if not panels:
         return None
-    figure = Figure(figsize=(4 * len(panels), 4.2), layout='constrained', dpi=100)
+    figure = Figure(figsize=(4 * len(panels), 4), layout='constrained', dpi=100)
     for axes, (variant, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        axes.set_title(variant)
         draw_fusion_curves(axes, lines)
+        axes.set_title(variant)
     return figure
 
 

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 from matplotlib.colors import to_rgba
 from PIL import Image
 from test_model import SMALL, layer_norm, linear, relative
+from util.design_choices import DesignChoices
 
 import main_finetune
 import main_linprobe
@@ -24,7 +25,6 @@ import models_mff
 from benchmarks import ablation, ablation_report
 from util import checkpoint, design_choices, features, visualize
 from util.args import InputError, run
-from util.design_choices import DesignChoices
 from util.export import export
 
 # --- The paper's alternatives, computed a second way -----------------------------------------------------------
