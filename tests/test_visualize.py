@@ -247,6 +247,8 @@ def test_curves_of_folders_of_the_same_name(tmp_path):
     assert [line.get_color() for line in drawn] == list(colours.values())
     styles = {line.get_label(): line.get_linestyle() for line in course.lines}
     assert styles['mff'] == '--' == drawn[0].get_linestyle() and 'mae' not in styles  # of whose weight is 1
+    middles = [bar.get_x() + bar.get_width() / 2 for bar in final.containers[0]]
+    assert middles == pytest.approx([0, 1, 2])  # nothing is kept free for MAE
     assert final.containers[0].patches[0].get_facecolor() == to_rgba('C1') == to_rgba(loss.lines[1].get_color())
     assert len(visualize.curves_figure([str(tmp_path / 'mae/pretrain')]).axes) == 2
     with pytest.raises(InputError, match='no log.jsonl'):

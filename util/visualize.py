@@ -174,11 +174,12 @@ def fusion_figure(weights):
 def draw_fusion_weights(axes, weights):
     """Bars of {title: {layer: weight}}: a group per layer, a colour per title."""
     layers = sorted({layer for values in weights.values() for layer in values})
-    width = 0.8 / len(weights)
-    for index, (title, values) in enumerate(weights.items()):
-        places = [layers.index(layer) + (index - (len(weights) - 1) / 2) * width for layer in values]
-        if values:
-            axes.bar(places, list(values.values()), width, color=f'C{index}', label=title)
+    colours = {title: f'C{index}' for index, title in enumerate(weights)}  # as in the other panels of curves_figure
+    shown = {title: values for title, values in weights.items() if values}
+    width = 0.8 / len(shown)
+    for index, (title, values) in enumerate(shown.items()):
+        places = [layers.index(layer) + (index - (len(shown) - 1) / 2) * width for layer in values]
+        axes.bar(places, list(values.values()), width, color=colours[title], label=title)
     axes.set(xticks=range(len(layers)), xticklabels=layers)
     finish(axes, 'fused block', 'fusion weight at the end')
 
