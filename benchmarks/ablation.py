@@ -19,7 +19,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import main_pretrain
@@ -119,7 +118,7 @@ def train_and_measure(args, variant, seed):
     path = os.path.join(args.results, f'{variant}-seed{seed}.json')
     if os.path.exists(path):
         return f'{path}: done before'
-    began, folder = time.time(), os.path.join(args.output_dir, f'{variant}-seed{seed}')
+    folder = os.path.join(args.output_dir, f'{variant}-seed{seed}')
     os.makedirs(folder, exist_ok=True)
 
     def start(job, *flags):
@@ -132,9 +131,9 @@ def train_and_measure(args, variant, seed):
         keep = ['--keep_every', args.measure_every] if args.measure_every else []
         start('pretrain', '--output_dir', pretrain, *pretrain_flags(args, variant), *keep)
         for entry in log.read(os.path.join(pretrain, 'log.jsonl')):
-            for name in entry:
-                if name.startswith(('val_', 'fusion/')) and entry['epoch'] % 1 == 0:
-                    curves.setdefault(name, []).append((entry['epoch'], round(entry[name], 4)))
+            for name, value in entry.items():
+                if name.startswith(('val_', 'fusion/')) and entry['epoch'] % 1 == 0 and value is not None:
+                    curves.setdefault(name, []).append((entry['epoch'], round(value, 4)))
         last = round(curves['val_loss'][-1][0])
         kept = range(args.measure_every, last, args.measure_every) if args.measure_every else ()
         checkpoints = {epoch: os.path.join(pretrain, f'checkpoint-{epoch:04d}.pth') for epoch in kept}
@@ -151,12 +150,12 @@ def train_and_measure(args, variant, seed):
         top1 = [entry['val_top1'] for entry in log.read(os.path.join(finetune, 'log.jsonl')) if 'val_top1' in entry]
         curves['finetune'] = [(epoch, round(top1[-1], 4))]
 
-    facts = {'variant': variant, 'seed': seed, 'minutes': round((time.time() - began) / 60, 1)}
-    facts |= report.environment(distributed.choose_device('auto')) | {'settings': settings_of(args), 'curves': curves}
+    facts = {'variant': variant, 'seed': seed, **report.environment(distributed.choose_device('auto'))}
     with open(path + '.tmp', 'w') as file:
-        json.dump(facts, file, indent=1)
+        json.dump(facts | {'settings': settings_of(args), 'curves': curves}, file)
+        file.write('\n')
     os.replace(path + '.tmp', path)
-    return f'{path}: written after {facts["minutes"]} minutes'
+    return f'{path}: written'
 
 
 # --- Jobs ---------------------------------------------------------------------------------------------------------
