@@ -236,8 +236,8 @@ def spectrum_figure(features):
 
 def palette(num_classes):
     """(K, 3) uint8, a colour for each class: neighbouring numbers have distant hues."""
-    hues = [(0.61 * index % 1, (0.85, 0.5)[index % 2], (0.95, 0.75, 0.55)[index % 3]) for index in range(num_classes)]
-    return np.round(255 * hsv_to_rgb(hues)).astype(np.uint8)
+    hsv = [((0.6 + 0.61 * i) % 1, (0.4, 0.8)[i % 2], (0.5, 0.95, 0.75)[i % 3]) for i in range(num_classes)]
+    return np.round(255 * hsv_to_rgb(hsv)).astype(np.uint8)
 
 
 def paint(labels, num_classes):
