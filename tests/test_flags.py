@@ -8,6 +8,7 @@ written) are compared with those of the same run without it.
 import functools
 import hashlib
 import itertools
+import math
 import re
 import shutil
 import tarfile
@@ -47,7 +48,7 @@ class Case:
 
     Args:
         flags: the flag and its value; {NAME} is a place.
-        changes: every fact that differs, and its value, or ... for any.
+        changes: every fact that differs, and its value, a check of it, or ... for any.
         given: flags of both runs.
         resume: 'refused', 'free', or a message other than the usual one, or None for what trains nothing.
         fails, prints: the run ends with this message, or prints this pattern; no facts are compared.
@@ -63,10 +64,16 @@ class Case:
     exact: bool = True
 
 
+def norm_is(expected):
+    """A check of the norms of all parameters' gradients."""
+    return lambda norms: math.hypot(*norms) == pytest.approx(expected, rel=1e-3)
+
+
 # --- The table ----------------------------------------------------------------------------------------------------
 
-SEEN = {'inputs': ..., 'norm': ...}  # other pixels
-BUILT = {'parameters': ..., 'initial': ..., 'norm': ...}  # another architecture
+DRAWS = {'torch_draws': ..., 'numpy_draws': ...}  # of a step
+SEEN = {'inputs': ..., 'gradient': ...}  # other pixels
+BUILT = {'parameters': ..., 'initial': ..., 'gradient': ...}  # another architecture
 DATA = {'sample': ..., 'val_inputs': ..., **SEEN}  # other images
 OTHER = [0.1, 0.2, 0.3]  # a mean or deviation
 KEPT = ['run/checkpoint-0001.pth', 'run/checkpoint-0002.pth']
@@ -90,7 +97,7 @@ COMMON = {
     ),
     'num_workers': Case('--num_workers 1', {'workers': 1}, resume='free'),
     # --- Weights
-    'init_from': Case('--init_from {pretrain_checkpoint}', {'initial': ..., 'norm': ...}),
+    'init_from': Case('--init_from {pretrain_checkpoint}', {'initial': ..., 'gradient': ...}),
     # --- Optimisation
     'total_batch_size': Case(
         '--total_batch_size 8', {'batches': [8] * 8, 'log_steps': [1, 2, 3, 4, 5, 6, 7, 8]}, exact=False
@@ -103,7 +110,7 @@ COMMON = {
     'min_lr': Case('--min_lr 1e-3', {'rates': [1e-6, 0.01, 0.01, 0.0055]}),
     'weight_decay': Case('--weight_decay 0.3', {'decays': [0, 0.3]}),
     'betas': Case('--betas 0.5 0.6', {'momentum': (0.5, 0.6)}),
-    'clip_grad': Case('--clip_grad 0.01', {'norm': 0.01}, given='--batch_size 8'),
+    'clip_grad': Case('--clip_grad 0.01', {'gradient': norm_is(0.01)}, given='--batch_size 8'),
     # --- Run
     'output_dir': Case('--output_dir {root}/elsewhere', {'files': ..., 'log_steps': []}, exact=False, resume=None),
     'resume': Case('--resume {checkpoint}', {'start': 4, 'rates': []}, exact=False, resume=None),
@@ -113,9 +120,9 @@ COMMON = {
         exact=False,
         resume='free',
     ),
-    'seed': Case('--seed 1', {'initial': ..., 'sample': ..., 'order': ..., 'draws': ..., **SEEN}),
+    'seed': Case('--seed 1', {'initial': ..., 'sample': ..., 'order': ..., **DRAWS, **SEEN}),
     'device': Case('--device cpu:0', {'device': 'cpu:0'}, resume='free'),
-    'amp': Case('--amp bf16', {'dtype': 'torch.bfloat16', 'norm': ...}),
+    'amp': Case('--amp bf16', {'dtype': 'torch.bfloat16', 'gradient': ...}),
     'compile': Case('--compile', {'compiled': True}, resume='free'),
     'save_every': Case('--save_every 1', {'saved': [1, 2, 3, 4], 'files': LAST}, resume='free'),
     'keep_every': Case('--keep_every 1', {'saved': [2, 4], 'files': [*KEPT, *LAST]}, resume='free'),
@@ -131,7 +138,7 @@ COMMON = {
     'patch_size': Case('--patch_size 8', BUILT | {'tokens': 5}),
     'embed_dim': Case('--embed_dim 32', BUILT),
     'depth': Case('--depth 3', BUILT, exact=False),
-    'num_heads': Case('--num_heads 2', {'heads': {2}, 'norm': ...}),
+    'num_heads': Case('--num_heads 2', {'heads': {2}, 'gradient': ...}),
     'mlp_ratio': Case('--mlp_ratio 2', BUILT),
 }
 
@@ -146,42 +153,44 @@ CLASSIFIER = {
 }
 TRANSFORMER = {
     'layer_decay': Case('--layer_decay 0.5', {'layers': [0.03125, 0.0625, 0.125, 0.25, 0.5, 1]}),
-    'drop_path': Case('--drop_path 0.3', {'drop_path': [0.1, 0.1, 0.2, 0.2, 0.3, 0.3], 'dropped': ..., 'norm': ...}),
+    'drop_path': Case(
+        '--drop_path 0.3', {'drop_path': [0.1, 0.1, 0.2, 0.2, 0.3, 0.3], 'dropped': ..., 'gradient': ...}
+    ),
     'grad_checkpointing': Case('--grad_checkpointing', {'passes': 2}, resume='free'),
 }
 
 CASES = {
     'pretrain': COMMON
     | {
-        'seed': Case('--seed 1', {'target': ..., 'initial': ..., 'sample': ..., 'order': ..., 'draws': ..., **SEEN}),
+        'seed': Case('--seed 1', {'target': ..., 'initial': ..., 'sample': ..., 'order': ..., **DRAWS, **SEEN}),
         'input_size': Case('--input_size 12', {'parameters': ..., 'tokens': 3}, exact=False),
         'patch_size': Case('--patch_size 8', BUILT | {'tokens': 2}, exact=False),
-        'num_heads': Case('--num_heads 2', {'heads': {2, 4}, 'norm': ...}),
+        'num_heads': Case('--num_heads 2', {'heads': {2, 4}, 'gradient': ...}),
         'decoder_embed_dim': Case('--decoder_embed_dim 32', BUILT),
         'decoder_depth': Case('--decoder_depth 2', BUILT),
-        'decoder_num_heads': Case('--decoder_num_heads 2', {'heads': {2, 4}, 'norm': ...}),
+        'decoder_num_heads': Case('--decoder_num_heads 2', {'heads': {2, 4}, 'gradient': ...}),
         'fuse_layers': Case('--fuse_layers 1 3', BUILT | {'logged': ...}),
-        'mask_ratio': Case('--mask_ratio 0.5', {'tokens': 9, 'norm': ...}),
-        'norm_pix_loss': Case('--no-norm_pix_loss', {'norm': ...}),
+        'mask_ratio': Case('--mask_ratio 0.5', {'tokens': 9, 'gradient': ...}),
+        'norm_pix_loss': Case('--no-norm_pix_loss', {'gradient': ...}),
         'crop': Case('--crop rrc', {'sample': ..., **SEEN}),
         'grad_checkpointing': Case('--grad_checkpointing', {'passes': 2}, resume='free'),
         'knn_every': Case('--knn_every 1', {'knn_steps': [0, 2, 4]}, resume='free'),
         'fuse_proj': Case('--fuse_proj none', BUILT),
         'fusion': Case('--fusion uniform', {'initial': ...}, exact=False),
-        'target': Case('--target lowpass', {'norm': ...}),
+        'target': Case('--target lowpass', {'gradient': ...}),
     },
     'finetune': COMMON
     | CLASSIFIER
     | TRANSFORMER
     | {
-        'seed': Case('--seed 1', {'initial': ..., 'sample': ..., 'order': ..., 'draws': ..., 'dropped': ..., **SEEN}),
+        'seed': Case('--seed 1', {'initial': ..., 'sample': ..., 'order': ..., **DRAWS, 'dropped': ..., **SEEN}),
         'mean': Case('--mean 0.1 0.2 0.3', {'mean': OTHER, 'sample': ..., 'val_inputs': ..., **SEEN}),
         'aa': Case('--aa rand-m3-n1', {'augment': 'rand-m3-n1', 'sample': ..., **SEEN}),
         'reprob': Case('--reprob 0.9', {'erase': 0.9, 'sample': ..., **SEEN}),
         'mixup': Case('--mixup 0.3', {'mixup': (0.3, 1.0, 0.1), **SEEN}),
-        'cutmix': Case('--cutmix 0.3', {'mixup': (0.8, 0.3, 0.1), 'draws': ..., **SEEN}),
-        'smoothing/unmixed': Case('--smoothing 0.3', {'smoothing': 0.3, 'norm': ...}, given='--mixup 0 --cutmix 0'),
-        'smoothing': Case('--smoothing 0.3', {'mixup': (0.8, 1.0, 0.3), 'norm': ...}),
+        'cutmix': Case('--cutmix 0.3', {'mixup': (0.8, 0.3, 0.1), 'numpy_draws': ..., **SEEN}),
+        'smoothing/unmixed': Case('--smoothing 0.3', {'smoothing': 0.3, 'gradient': ...}, given='--mixup 0 --cutmix 0'),
+        'smoothing': Case('--smoothing 0.3', {'mixup': (0.8, 1.0, 0.3), 'gradient': ...}),
         'predict': Case('--predict {image} --init_from {checkpoint}', prints=r'\.png  \w+ [\d.]+%  \w+', resume=None),
         'json': Case(
             '--json --predict {image} --init_from {checkpoint}', prints=r'{"image": .*, "classes": {"', resume=None
@@ -210,7 +219,7 @@ CASES = {
         'background': replace(COMMON['background'], given='--data_path {clear_pairs}'),
         'max_bad': replace(COMMON['max_bad'], given='--data_path {broken_pairs}'),
         'total_batch_size': Case('--total_batch_size 4', {'batches': [4] * 8}, exact=False),
-        'clip_grad': Case('--clip_grad 0.01', {'norm': 0.01}),
+        'clip_grad': Case('--clip_grad 0.01', {'gradient': norm_is(0.01)}),
         'batch_size': Case('--batch_size 4', fails='BatchNorm would average over 4 images only', resume=None),
         'epochs': Case('--epochs 3', {'rates': [1e-8, 0.01, 0.01, 2 / 300, 1 / 300, 0]}, exact=False),
         'warmup_epochs': Case('--warmup_epochs 0', {'rates': [0.01, 2 / 300, 1 / 300, 0]}),
@@ -219,7 +228,7 @@ CASES = {
         'min_lr': Case('--min_lr 1e-3', {'rates': [1e-8, 0.01, 0.01, 0.001]}),
         'seed': Case(
             '--seed 1',
-            {'initial': ..., 'sample': ..., 'target': ..., 'order': ..., 'draws': ..., 'dropped': ..., **SEEN},
+            {'initial': ..., 'sample': ..., 'target': ..., 'order': ..., **DRAWS, 'dropped': ..., **SEEN},
         ),
         'force_resume': replace(
             COMMON['force_resume'], changes={'start': 4, 'rates': [1 / 300, 0], 'decays': [0, 0.3]}
@@ -230,6 +239,7 @@ CASES = {
         'levels': Case('--levels 0 2 3 5', {'levels': (0, 2, 3, 5)}, given='--depth 6', exact=False),
         'channels': Case('--channels 16', BUILT),
         'aux_channels': Case('--aux_channels 16', BUILT),
+        'classifier_std': Case('--classifier_std 0.1', {'initial': ..., 'gradient': ...}),
         'scale': Case('--scale 40 20', DATA | {'target': ...}),
         'scale_range': Case('--scale_range 1.1 1.5', {'sample': ..., 'target': ..., **SEEN}),
         'num_classes': Case('--num_classes 11', {'logged': ...}),
@@ -299,6 +309,7 @@ def watch_calls(patch, facts):
     patch.setattr(visualize, 'reconstruction_figure', lambda *_: None)
     patch.setattr(visualize, 'segmentation_figure', lambda *_: None)
     patch.setattr(distributed, 'check_compiler', lambda device: None)
+    patch.setattr('os.fsync', lambda file: None)
     patch.setattr(torch.nn.Module, 'compile', lambda self: facts.update(compiled=True))
 
 
@@ -331,7 +342,8 @@ def watched_train(train, facts, run, model, optimizer, loss_fn, loader, events, 
             return
         facts['batches'].append(len(args[0]))
         facts['inputs'].append(digest(args[0]))
-        facts.setdefault('draws', (torch.initial_seed(), digest(np.random.get_state())))
+        facts.setdefault('torch_draws', torch.initial_seed())
+        facts.setdefault('numpy_draws', digest(np.random.get_state()))
         facts.setdefault('dropped', digest([digest(path.scale) for path in paths]))
 
     def after_linear(linear, args, output):
@@ -348,7 +360,7 @@ def watched_train(train, facts, run, model, optimizer, loss_fn, loader, events, 
         facts['decays'] = sorted({group['weight_decay'] for group in groups})
         facts['momentum'] = groups[0].get('betas', groups[0].get('momentum'))
         gradients = [parameter.grad for group in groups for parameter in group['params']]
-        facts.setdefault('norm', float(torch.nn.utils.get_total_norm(gradients)))
+        facts.setdefault('gradient', [float(gradient.norm()) for gradient in gradients])
 
     model.register_forward_pre_hook(before_forward)
     block.mlp.fc1.register_forward_hook(after_linear)
@@ -467,24 +479,21 @@ def test_a_flag_ends_the_run_or_prints(job, name, runs, tmp_path, capsys):
         assert case.fails in capsys.readouterr().err
 
 
-def differ(one, other):
-    """Whether two facts differ by more than the order of sums explains."""
-    if isinstance(one, float) or isinstance(one, list) and one and isinstance(one[0], float):
-        return one != pytest.approx(other, rel=1e-5)
-    return one != other
-
-
 @parametrize_cases(lambda case: not (case.fails or case.prints))
 def test_a_flag_changes_what_it_is_for_and_nothing_else(job, name, runs, tmp_path):
     case = CASES[job][name]
     before, _ = runs.get(job, case.given)
     after = observe(JOBS[job], runs.arguments(job, case.flags, tmp_path, case.given), tmp_path)
-    changed = {fact for fact in after if differ(after[fact], before.get(fact))}
+    changed = {fact for fact in after if after[fact] != before.get(fact)}
     if case.exact:
         assert changed == case.changes.keys()
     assert case.changes.keys() <= changed
     for fact, value in case.changes.items():
-        assert value is ... or not differ(after[fact], value), (fact, after[fact])
+        if callable(value):
+            assert value(after[fact]), (fact, after[fact])
+        elif value is not ...:
+            numbers = isinstance(value, list) and value and isinstance(value[0], float)
+            assert after[fact] == (pytest.approx(value, rel=1e-5) if numbers else value), fact
 
 
 @parametrize_cases(lambda case: case.resume)
