@@ -142,9 +142,9 @@ def settle(args):
         InputError: as weights.settle, or if --scale leaves images smaller than a crop.
     """
     settings = weights.settle(args)
-    state = weights.read_weights(args.init_from)[0] if args.init_from else {}
-    is_segmenter = 'classifier.1.weight' in state
-    flags = settings.flags if is_segmenter else argparse.Namespace()
+    file = weights.read(args.init_from) if args.init_from else None
+    sides = file.sides if file and file.is_segmenter else {}
+    flags = settings.flags if sides else argparse.Namespace()
 
     def choose(name, usual):
         chosen = getattr(args, name)
@@ -153,16 +153,12 @@ def settle(args):
         return usual if chosen is None else chosen
 
     sizes = {name: settings.sizes[name] for name in weights.ENCODER}
-    heads = (state['classifier.1.weight'], state['aux_head.2.weight']) if is_segmenter else ()
-    channels, aux_channels = [weight.shape[1] for weight in heads] or (sizes['embed_dim'], None)
-    sizes['channels'] = args.channels or channels
-    sizes['aux_channels'] = args.aux_channels or aux_channels or min(256, sizes['channels'])
+    sizes['channels'] = args.channels or sides.get('channels', sizes['embed_dim'])
+    sizes['aux_channels'] = args.aux_channels or sides.get('aux_channels', min(256, sizes['channels']))
     sizes['levels'] = tuple(choose('levels', default_levels(sizes['depth'])))
-    classes = None
-    if is_segmenter:
-        num_classes = len(heads[0])
-        numbers = masks.ADE20K if num_classes == len(masks.ADE20K) else list(map(str, range(num_classes)))
-        classes = settings.classes or numbers
+    classes = settings.classes if sides else None
+    if sides and not classes:  # of mmsegmentation, which does not name them
+        classes = masks.ADE20K if sides['classes'] == len(masks.ADE20K) else list(map(str, range(sides['classes'])))
     labels = masks.Labels(
         classes=list(map(str, range(args.num_classes))) if args.num_classes else None,
         otherwise=classes,

@@ -175,7 +175,10 @@ def open_source(path, split, options, labels):
     for ours, theirs, text in ((images, masks, 'image without mask'), (masks, images, 'mask without image')):
         alone = sorted(ours.keys() - theirs.keys())
         if alone:
-            raise InputError(f'{path}: {text}: {files.path(ours[alone[0]])} ({len(alone)} of {len(ours)})')
+            raise InputError(
+                f'{path}: {text}: {files.path(ours[alone[0]])} ({len(alone)} of {len(ours)}); both need the same name, '
+                'masks ending in .png'
+            )
     classes = labels.classes or find_classes(files, path) or labels.otherwise
     masks = [masks[key] for key in images]
     if classes is None:

@@ -22,6 +22,7 @@ SHAPES = {
     'decoder_pos_embed': (1, '1+L', 'E'),
     'head.weight': ('classes', 'D'),
     'classifier.1.weight': ('classes', 'channels', 1, 1),
+    'aux_head.2.weight': ('classes', 'aux_channels', 1, 1),
 }
 
 ENCODER = ('img_size', 'in_chans', 'patch_size', 'embed_dim', 'depth', 'num_heads', 'mlp_ratio')
