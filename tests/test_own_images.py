@@ -1,6 +1,8 @@
 """The road from a folder of one's own images to a classifier (docs/own_images.md), and the mistakes made on it."""
 
+import io
 import json
+import re
 import shutil
 import types
 
@@ -11,12 +13,15 @@ import torch
 from conftest import Result
 from timm.models.vision_transformer import VisionTransformer
 
+import engine
 import main_finetune
 import main_linprobe
 import main_pretrain
+from models_mff import MaskedAutoencoderMFF, model_sizes
 from util import export, log, sources
 from util.args import run
 from util.images import read_image
+from util.optim import make_schedule
 
 JOBS = {'pretrain': main_pretrain, 'finetune': main_finetune, 'linprobe': main_linprobe}
 
@@ -123,6 +128,35 @@ def test_features_belong_to_their_names(images, pretrained, tmp_path):
         resized = torch.nn.functional.interpolate(image[None].float(), (17, 16), mode='bicubic', antialias=True)
         tokens = vit.forward_features((resized[:, :, :16].clamp(0, 255) / 255 - mean) / std)
         assert np.abs(tokens[0, 0].detach().numpy() - found['cls_token'][row]).max() < 0.1
+
+
+@pytest.mark.parametrize('classes, checkpoints', [({}, 2), ({'classes': ['a', 'b']}, 3)])
+def test_disk_is_that_of_the_files(classes, checkpoints):
+    sizes = model_sizes('vit_nano_patch4', embed_dim=256, depth=6)
+    model = MaskedAutoencoderMFF(**sizes)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.rand(2, 3, 32, 32))[0].backward()
+    optimizer.step()
+    file = io.BytesIO()
+    torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict()}, file)
+    args = types.SimpleNamespace(
+        total_batch_size=2,
+        batch_size=None,
+        epochs=1,
+        warmup_epochs=None,
+        lr=1e-3,
+        min_lr=0,
+        data_path='',
+        output_dir='OUT',
+    )
+    schedule = make_schedule(args, 4)
+    record = {'sizes': sizes, **classes}
+    job = types.SimpleNamespace(
+        args=args, schedule=schedule, record=record, world_size=1, start=0, device=torch.device('cpu')
+    )
+    (line,) = (line for line in engine.describe(job, model, '').splitlines() if 'disk' in line)
+    count, megabytes = map(int, re.findall(r'\d+', line))
+    assert count == checkpoints and 60 < megabytes == pytest.approx(len(file.getvalue()) / 1e6, abs=1)
 
 
 # --- Mistakes ---------------------------------------------------------------------------------------------------
