@@ -311,6 +311,11 @@ MISTAKES = {
     'mask without image': (lambda root: (root / 'images/val/1.png').unlink(), [], 'mask without image.*masks/val/1'),
     'no masks': (lambda root: (root / 'masks').rename(root / 'mask'), [], 'image without mask'),
     'no classes': (lambda root: (root / 'classes.txt').unlink(), [], r'classes.txt.*--num_classes.*0 1 2'),
+    'no classes, and a mask that is none': (
+        lambda root: [(root / 'classes.txt').unlink(), (root / 'masks/val/0.png').write_text('x')],
+        [],
+        'masks/val/0.png: no image',
+    ),
     'one class': (lambda root: (root / 'classes.txt').write_text('background\n'), [], 'one class only, background'),
     'labels above': (lambda root: None, ['--ignore_label', '255'], 'holds 11, above the last of 11 classes'),
     'fewer classes': (lambda root: None, ['--num_classes', '3'], 'above the last of 3 classes'),

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from util import data, tar
-from util.errors import InputError
+from util import tar
+from util.errors import InputError, as_input_error
 from util.folders import EXTENSIONS, ImageFiles, Options, TarImages, find_files
 from util.shapes import Shapes
 from util.sources import hold_out
@@ -22,7 +22,7 @@ from util.transforms import IGNORE
 
 # Names below --data_path: images/train/a/1.jpg and masks/train/a/1.png belong together
 LAYOUT = re.compile(rb'((?:[^/]+/)*?)(images|annotations|masks|labels)/(.+)\.([^./]+)')
-SPLITS = {'train': ('train', 'training'), 'val': ('val', 'valid', 'validation', 'test')}
+SPLITS = {'train': (b'train', b'training'), 'val': (b'val', b'valid', b'validation', b'test')}
 
 # The classes of ADEChallengeData2016, whose masks number them from 1 (--reduce_zero_label).
 ADE20K = (
@@ -182,7 +182,8 @@ def open_source(path, split, options, labels):
     classes = labels.classes or find_classes(files, path) or labels.otherwise
     masks = [masks[key] for key in images]
     if classes is None:
-        tried = [np.unique(read_mask(files, number)) for number in masks[:16]]
+        with as_input_error():
+            tried = [np.unique(read_mask(files, number)) for number in masks[:16]]
         numbers = ' '.join(map(str, np.unique(np.concatenate(tried)).tolist()))
         raise InputError(
             f'{path}: which classes? Name them in {path}/classes.txt, one on each line, or count them: --num_classes N '
@@ -223,24 +224,23 @@ def find_pairs(files, split):
 
     Without folders for splits, everything is 'train'.
     """
-    images, masks, folders = {}, {}, set()
+    images, masks = {}, {}
     for number, name in enumerate(files.names.tolist()):
         match = LAYOUT.fullmatch(name)
         if match:
-            root, kind, stem, extension = match.groups()
-            if kind == b'images' or extension.lower() in (b'png', b'bmp', b'gif', b'tif', b'tiff'):
-                (images if kind == b'images' else masks)[root, stem] = number
-                folders.add(os.fsdecode(stem.split(b'/')[0]) if b'/' in stem else None)
-    chosen = next((name for name in SPLITS[split] if name in folders), None)
-    divided = any(name in folders for names in SPLITS.values() for name in names)
-    if not divided:
+            root, kind, stem, ending = match.groups()
+            if kind == b'images':
+                images[root, stem] = number
+            elif ending.lower() == b'png':
+                masks[root, stem] = number
+    folders = {stem.split(b'/')[0] for _, stem in images.keys() | masks.keys() if b'/' in stem}
+    if folders.isdisjoint(SPLITS['train'] + SPLITS['val']):
         return (images, masks) if split == 'train' else ({}, {})
-    prefix = None if chosen is None else os.fsencode(chosen) + b'/'
-
-    def of_split(found):
-        return {key: number for key, number in found.items() if prefix and key[1].startswith(prefix)}
-
-    return of_split(images), of_split(masks)
+    chosen = [folder + b'/' for folder in SPLITS[split] if folder in folders][:1]
+    images, masks = (
+        {key: number for key, number in found.items() if key[1].startswith(tuple(chosen))} for found in (images, masks)
+    )
+    return images, masks
 
 
 def find_classes(files, path):
@@ -267,13 +267,3 @@ def check_pairs(source, path, in_chans, tries=16):
             raise InputError(f'{path}: its images have {channels} channels, but --in_chans is {in_chans}')
     if 2 * len(problems) > tries:
         raise InputError(f'{len(problems)} of the first {tries} images and masks cannot be used; {problems[0]}')
-
-
-class PairSamples(data.Samples):
-    """(epoch, index) -> (transformed image, transformed mask, problem), as data.Samples."""
-
-    def __getitem__(self, key):
-        epoch, index = key
-        image, mask, problem = self.read(epoch, index)
-        data.seed_generators(self.seed, epoch, index)
-        return *self.transform(image, mask), problem
