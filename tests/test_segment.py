@@ -213,7 +213,9 @@ def test_initialisation_is_the_references():
 
 
 @torch.no_grad()
-def test_sliding_window_is_the_references():
+@pytest.mark.parametrize('rows', [7, 1000])
+def test_sliding_window_is_the_references(rows, monkeypatch):
+    monkeypatch.setattr(segmentation, 'CHUNK_BYTES', rows * 4 * CONFIG['classes'] * REFERENCE['slide']['ori'][1])
     model, expected = build().eval(), REFERENCE['slide']
     logits = segmentation.slide(model, expected['img'], CONFIG['img'], CONFIG['stride'])
     assert_equal(logits, expected['logits'])

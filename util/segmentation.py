@@ -60,8 +60,7 @@ def pixel_loss(logits, masks):
 
 
 def loss_sum(logits, masks):
-    logits = interpolate(logits, masks.shape[-2:], mode='bilinear', align_corners=False)
-    return cross_entropy(logits, masks, ignore_index=IGNORE, reduction='sum')
+    return cross_entropy(enlarge(logits, masks.shape[-2:]), masks, ignore_index=IGNORE, reduction='sum')
 
 
 # --- Inference ------------------------------------------------------------------------------------------------
@@ -79,16 +78,27 @@ class Window:
 
 
 def segment(model, imgs, window, size):
-    """The class of every pixel: imgs (1, C, h, w) normalised -> (1, *size), for an annotation of this size."""
-    total = 0.0
+    """The class of every pixel: imgs (1, C, h, w) normalised -> (1, *size), for an annotation of this size.
+
+    Rows are enlarged first, then columns, a strip at a time: 150 classes of a large photo would not fit into memory.
+    """
+    maps = []  # of scales and mirror images: (1, K, H, w)
     for ratio in window.ratios:
         fitted = fitted_size(imgs.shape[-2:], window.scale, ratio)
-        resized = interpolate(imgs, fitted, mode='bilinear', align_corners=False)
+        resized = enlarge(imgs, fitted)
         for mirrored in (False, True) if window.flip else (False,):
             logits = slide(model, resized.flip(-1) if mirrored else resized, window.size, window.stride)
-            logits = logits.flip(-1) if mirrored else logits
-            total = total + interpolate(logits, size, mode='bilinear', align_corners=False).softmax(1)
-    return total.argmax(1)
+            maps.append(enlarge(logits.flip(-1) if mirrored else logits, (size[0], fitted[1])))
+    rows = max(1, int(CHUNK_BYTES / (4 * maps[0].shape[1] * size[1])))
+    strips = []
+    for parts in zip(*(logits.split(rows, dim=2) for logits in maps)):
+        probabilities = sum(enlarge(part, (part.shape[2], size[1])).softmax(1) for part in parts)
+        strips.append(probabilities.argmax(1))
+    return torch.cat(strips, dim=1)
+
+
+def enlarge(x, size):
+    return interpolate(x, size, mode='bilinear', align_corners=False)
 
 
 def slide(model, imgs, size, stride):
