@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import command
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import main_linprobe
 from models_mff import MaskedAutoencoderMFF, create_encoder, model_sizes
@@ -49,6 +50,23 @@ def test_features_are_those_of_forward_features(kind):
     assert torch.allclose(found['mean of patches'], tokens[:, 1:].mean(1), atol=1e-6)
     with pytest.raises(RunError, match='95 of 100 images cannot be read'):
         features.extract(model, Batches(batches, 100), contextlib.nullcontext)
+
+
+def test_only_the_features_are_kept():
+    """The tokens of a batch are gone once those of the next are there."""
+    model = create_encoder(model_sizes('vit_nano_patch4', img_size=16), 'token')
+    forward_features, tokens = model.forward_features, []
+
+    def forward(imgs):
+        assert all(before.expired() for before in tokens[:-1])
+        output = forward_features(imgs)
+        tokens.append(StorageWeakRef(output.untyped_storage()))
+        return output
+
+    model.forward_features = forward
+    batches = [(torch.randn(2, 3, 16, 16), torch.zeros(2, dtype=torch.long)) for _ in range(4)]
+    features.extract(model, Batches(batches, 8), contextlib.nullcontext)
+    assert len(tokens) == 4
 
 
 def test_neighbours_vote_by_their_cosine():

@@ -37,7 +37,7 @@ def extract(model, loader, autocast):
     for imgs, target in loader:
         with autocast():
             tokens = model.forward_features(imgs)  # (N, 1+L, D)
-        cls_tokens.append(tokens[:, 0].float().cpu())
+        cls_tokens.append(tokens[:, 0].to('cpu', torch.float32, copy=True))  # a view would keep all tokens
         means.append(tokens[:, 1:].float().mean(1).cpu())
         labels.append(target.cpu())
     model.train(was_training)
@@ -125,7 +125,7 @@ def logistic_accuracy(train, val, device='cpu'):
         here = held_out.to(device)
         weight, lowest, chosen = x.new_zeros(x.shape[1] + 1, num_classes), float('inf'), PENALTIES[0]
         for penalty in PENALTIES:
-            weight = fit_logistic(x[~here], y[~here], weight, penalty)
+            weight = fit_logistic(x[~here], y[~here], weight, penalty, tolerance=1e-4)  # enough to compare
             (loss,) = average(F.cross_entropy(scores(x[here], weight), y[here], reduction='none'))
             if loss > lowest:
                 break
@@ -148,7 +148,7 @@ def average(*values):
     return [total / count for total in sums]
 
 
-def fit_logistic(x, y, weight, penalty):
+def fit_logistic(x, y, weight, penalty, tolerance=1e-7):
     """Multinomial logistic regression, fitted to convergence by L-BFGS; deterministic.
 
     Minimises the mean cross-entropy over the images of all processes + penalty / 2 * |weight|^2, bias left out, which
@@ -158,6 +158,7 @@ def fit_logistic(x, y, weight, penalty):
     Args:
         x: (M, D) float64, standardised, of this process's images. y: (M,) their classes.
         weight: (D+1, classes) to start from, left as it is; the last row is the bias.
+        tolerance: largest entry of the gradient at the end.
 
     Returns:
         weight (D+1, classes), the same on all processes.
@@ -170,7 +171,7 @@ def fit_logistic(x, y, weight, penalty):
     x = x @ transform
     scaled = torch.cat([axes.T @ weight[:-1] / scale[:, None], weight[-1:]]).requires_grad_()
     shrink = penalty * torch.cat([scale.square(), scale.new_zeros(1)])[:, None]  # of the squares of scaled
-    options = {'tolerance_grad': 1e-7, 'tolerance_change': 1e-15, 'history_size': 20}
+    options = {'tolerance_grad': tolerance, 'tolerance_change': 1e-15, 'history_size': 20}
     optimizer = torch.optim.LBFGS([scaled], max_iter=1000, max_eval=2000, line_search_fn='strong_wolfe', **options)
 
     def closure():
