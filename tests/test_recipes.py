@@ -8,7 +8,7 @@ import torch
 import main_finetune
 import main_linprobe
 import main_pretrain
-from models_mff import MaskedAutoencoderMFF, create_encoder
+from models_mff import MaskedAutoencoderMFF
 from util import weights
 
 RECIPES = Path(__file__).parent.parent / 'recipes'
