@@ -196,13 +196,12 @@ def test_flags_reach_what_they_are_for(pairs, tmp_path, monkeypatch):
 def test_two_processes_evaluate_each_image_once(pairs, tmp_path):
     """The numbers are those of one process, to the last digit."""
     segment(pairs, tmp_path / 'run', '--total_steps', '2', '--warmup_steps', '0')
-    flags = ['main_segment.py', '--eval', '--data_path', pairs, '--init_from', tmp_path / 'run/checkpoint-last.pth']
-    flags += ['--device', 'cpu', '--num_workers', '0']
-    lines = []
-    for processes in (0, 2):
-        done = command(*flags, '--output_dir', tmp_path / f'eval{processes}', torchrun=processes)
-        assert done.returncode == 0, done.stderr
-        lines.append(json.loads((tmp_path / f'eval{processes}/log.jsonl').read_text()))
+    init = ['--eval', '--init_from', str(tmp_path / 'run/checkpoint-last.pth')]
+    segment(pairs, tmp_path / 'one', *init)
+    flags = ['--data_path', pairs, '--device', 'cpu', '--num_workers', '0', '--output_dir', tmp_path / 'two']
+    done = command('main_segment.py', *flags, *init, torchrun=2)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads((tmp_path / name / 'log.jsonl').read_text()) for name in ('one', 'two')]
     assert lines[0] == lines[1] and 'val_iou/background' in lines[0]
     assert 'mIoU' in done.stdout and 'on 5 images' in done.stdout
     trained = [entry for entry in Result(tmp_path / 'run').entries if 'val_miou' in entry][-1]
