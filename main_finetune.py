@@ -93,9 +93,7 @@ def main(args):
     model.to(state.device)
     loader = engine.training_loader(state, samples, settings)
     val_loader = engine.classes_loader(args, val_source, settings, state.device)
-    groups = optim.param_groups(model, args.weight_decay, args.layer_decay)
-    fused = state.device.type in ('cuda', 'cpu')
-    optimizer = torch.optim.AdamW(groups, lr=schedule.lr, betas=args.betas, fused=fused)
+    optimizer = optim.create_adamw(args, optim.param_groups(model, args.weight_decay, args.layer_decay), state)
 
     # --- Train ----------------------------------------------------------------------------------------------------
     def loss_fn(network, batch, place):

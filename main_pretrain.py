@@ -71,9 +71,7 @@ def main(args):
     model.to(state.device)
     statistics = settings.mean, settings.std
     loader = engine.training_loader(state, samples, settings)
-    fused = state.device.type in ('cuda', 'cpu')
-    groups = optim.param_groups(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=schedule.lr, betas=args.betas, fused=fused)
+    optimizer = optim.create_adamw(args, optim.param_groups(model, args.weight_decay), state)
 
     # --- Train ----------------------------------------------------------------------------------------------------
     def loss_fn(network, batch, place=None):

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 from util import distributed
@@ -133,3 +134,9 @@ def param_groups(model, weight_decay, layer_decay=None):
     return param_groups_layer_decay(
         model, weight_decay, no_weight_decay_list=model.no_weight_decay(), layer_decay=layer_decay
     )
+
+
+def create_adamw(args, groups, run):
+    """AdamW on groups (param_groups), whose tensors are on the device of an engine.Run; fused where torch has that."""
+    fused = run.device.type in ('cuda', 'cpu')
+    return torch.optim.AdamW(groups, lr=run.schedule.lr, betas=args.betas, fused=fused)
