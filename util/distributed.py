@@ -166,9 +166,11 @@ class StopRequest:
         self.handlers = [signal.signal(number, self.receive) for number in self.SIGNALS]
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, error, *_):
         for number, handler in zip(self.SIGNALS, self.handlers):
             signal.signal(number, handler)
+        if error is None and self.pending is not None:  # gloo must not be left in the middle of a sum
+            self.pending.wait()
 
     def receive(self, number, _):
         if self.received is None:
