@@ -423,3 +423,14 @@ def test_masks_of_drawn_pictures():
         assert set(mask.unique().tolist()) == {0, 1 + label}
         large, around = picture[:, mask > 0].float().mean(), picture[:, mask == 0].float().mean()
         assert 0.05 < (mask > 0).float().mean() < 0.7 and large > around + 30
+
+
+def test_a_failed_download_leaves_no_folder(tmp_path, monkeypatch):
+    def download(root, split, download=False):
+        (tmp_path / 'data').mkdir(exist_ok=True)
+        raise OSError('no network')
+
+    monkeypatch.setattr(torchvision.datasets, 'STL10', download)
+    with pytest.raises(InputError, match='the download failed: no network'):
+        sources.open_source('torch/stl10', 'train', sources.Options(download_dir=str(tmp_path / 'data')))
+    assert not (tmp_path / 'data').exists()

@@ -6,6 +6,7 @@ source.classes are the classes' names in the order of their labels, source.label
 is None where it is not known.
 """
 
+import contextlib
 import hashlib
 import os
 import urllib.error
@@ -244,6 +245,7 @@ def open_torchvision(path, split, options):
 
 def create_or_download(path, dataset_class, arguments, options):
     """A torchvision data set. Raises InputError if it is not there and cannot be downloaded."""
+    existed = os.path.isdir(options.download_dir)
     try:
         return dataset_class(root=options.download_dir, **arguments)
     except (RuntimeError, OSError):  # not there
@@ -254,4 +256,7 @@ def create_or_download(path, dataset_class, arguments, options):
         return dataset_class(root=options.download_dir, **arguments, download=True)
     except (RuntimeError, OSError, urllib.error.URLError) as error:
         reason = ' '.join(str(getattr(error, 'reason', error)).split())
+        if not existed:  # torchvision has made the folder
+            with contextlib.suppress(OSError):  # not empty
+                os.rmdir(options.download_dir)
         raise InputError(f'{missing}, and the download failed: {reason}') from None
