@@ -301,7 +301,7 @@ def evaluate(model, loader, measure):
 
 def classes_loader(args, source, settings, device):
     """The validation images of a classifier: resized and cropped at the centre."""
-    crop_pct = args.crop_pct or getattr(settings.flags, 'crop_pct', None) or 0.875
+    crop_pct = args.crop_pct or settings.crop_pct
     transform = transforms.centre_transform(settings.sizes['img_size'], crop_pct, transforms.BICUBIC)
     return evaluation_loader(args, device, data.Samples(source, transform), settings)
 

@@ -11,7 +11,6 @@ processes and recipes are as in main_pretrain.py.
 
 import argparse
 import json
-import sys
 
 import torch
 from timm.data.auto_augment import rand_augment_transform
@@ -19,7 +18,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 import engine
 from models_mff import MODELS, create_encoder
-from util import data, distributed, folders, images, mix, optim, sources, transforms, weights
+from util import data, distributed, folders, mix, optim, sources, transforms, weights
 from util.args import ArgumentParser, add_common_arguments, add_model_arguments, number, run
 from util.errors import InputError, as_input_error
 
@@ -132,16 +131,9 @@ def predict(args):
     weights.load_weights(model, args.init_from, complete=True)
     device = distributed.start(distributed.choose_device(args.device), join=False)
     model.to(device).eval()
-    crop_pct = args.crop_pct or getattr(settings.flags, 'crop_pct', None) or 0.875
+    crop_pct = args.crop_pct or settings.crop_pct
     transform = transforms.centre_transform(model.patch_embed.img_size, crop_pct, transforms.BICUBIC)
-    failed = False
-    for path in folders.image_paths(args.predict):
-        try:
-            image = images.read_given_image(path, settings.sizes['in_chans'], args.background)
-        except InputError as error:
-            print(error, file=sys.stderr)
-            failed = True
-            continue
+    for path, image in folders.given_images(args.predict, settings.sizes['in_chans'], args.background):
         imgs = transforms.normalise(transform(image)[None].to(device), settings.mean, settings.std)
         probabilities, indices = model(imgs)[0].softmax(0).topk(min(5, len(settings.classes)))
         top = {settings.classes[index]: round(p, 4) for p, index in zip(probabilities.tolist(), indices.tolist())}
@@ -149,8 +141,6 @@ def predict(args):
             print(json.dumps({'image': path, 'classes': top}))
         else:
             print(f'{path}  ' + '  '.join(f'{name} {p:.1%}' for name, p in top.items()))
-    if failed:
-        raise SystemExit(1)
 
 
 if __name__ == '__main__':

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import math
 import os
-import sys
 
 import torch
 from PIL import Image
@@ -25,7 +24,6 @@ from util import (
     checkpoint,
     distributed,
     folders,
-    images,
     masks,
     mix,
     optim,
@@ -242,15 +240,9 @@ def predict(args):
     device = distributed.start(distributed.choose_device(args.device), join=False)
     autocast, _ = distributed.mixed_precision(args.amp, device)
     model.to(device)
-    folder, failed, written = os.path.join(args.output_dir, 'predictions'), False, set()
+    folder, written = os.path.join(args.output_dir, 'predictions'), set()
     checkpoint.make_output_dir(folder)
-    for path in folders.image_paths(args.predict):
-        try:
-            image = images.read_given_image(path, settings.sizes['in_chans'], args.background)
-        except InputError as error:
-            print(error, file=sys.stderr)
-            failed = True
-            continue
+    for path, image in folders.given_images(args.predict, settings.sizes['in_chans'], args.background):
         predicted = segmentation.segment_image(model, image, settings, window, device, autocast)
         name = os.path.splitext(os.path.basename(path))[0]
         while name in written:  # of the same name in another folder
@@ -262,8 +254,6 @@ def predict(args):
         indexed.save(f'{file}.png')
         visualize.overlay(image, predicted, settings.classes).save(f'{file}_overlay.png')
         print(f'{path}  {file}.png  {file}_overlay.png')
-    if failed:
-        raise SystemExit(1)
 
 
 if __name__ == '__main__':

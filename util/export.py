@@ -152,7 +152,7 @@ def make_config(settings, encoder):
             'input_size': [sizes['in_chans'], *sizes['img_size']],
             'fixed_input_size': True,
             'interpolation': 'bicubic',
-            'crop_pct': getattr(settings.flags, 'crop_pct', None) or 0.875,
+            'crop_pct': settings.crop_pct,
             'mean': settings.mean,
             'std': settings.std,
             'num_classes': num_classes,

@@ -1,6 +1,7 @@
 """Image files as a source (util/sources.py): in folders, named in a list, or in tar files."""
 
 import os
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ from torchvision.transforms.v2.functional import to_dtype
 
 from util import tar
 from util.errors import InputError
-from util.images import WHITE, decode_image
+from util.images import WHITE, decode_image, read_given_image
 
 EXTENSIONS = (*IMG_EXTENSIONS, '.gif', '.npy')
 SPLITS = {'train': ['train'], 'val': ['val', 'valid', 'validation', 'test']}
@@ -163,6 +164,24 @@ def image_paths(paths):
     if not found:
         raise InputError(f'no images in {", ".join(paths)}')
     return found
+
+
+def given_images(paths, in_chans, background):
+    """Yield (path, image) of the images that a user named (image_paths).
+
+    One that cannot be read is reported. SystemExit with code 1 at the end, if there were any.
+    """
+    failed = False
+    for path in image_paths(paths):
+        try:
+            image = read_given_image(path, in_chans, background)
+        except InputError as error:
+            print(error, file=sys.stderr)
+            failed = True
+        else:
+            yield path, image
+    if failed:
+        raise SystemExit(1)
 
 
 def is_folder(entry):

@@ -92,6 +92,11 @@ class Settings:
     classes: list | None = None  # their names
     known: frozenset = frozenset()  # the sizes, 'mean' and 'std' that the file records or shows; others are the usual
 
+    @property
+    def crop_pct(self):
+        """Share of a test image that is seen: that of the run, or the usual."""
+        return getattr(self.flags, 'crop_pct', None) or 0.875
+
 
 def file_settings(path):
     """The Settings of a checkpoint of any known origin.
