@@ -24,7 +24,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, line):
         return shlex.split(line, comments=True)
 
-    def error(self, message, code=2):
+    def error(self, message):
         unknown = re.match(r'unrecognized arguments: (\S+)', message)
         missing = re.match(r"\[Errno \d+\] (.+): '(.+)'", message)  # of an argument file
         if unknown and unknown[1].endswith('.txt'):
@@ -37,7 +37,7 @@ class ArgumentParser(argparse.ArgumentParser):
             known = [os.path.join(folder, name) for name in names if name.endswith('.txt')]
             message = f'@{missing[2]}: {missing[1]}{did_you_mean(missing[2], known)}'
         first = os.environ.get('LOCAL_RANK', '0') == '0'  # once per machine, not once per process
-        self.exit(code, f'{self.prog}: error: {message}\n' if first else None)
+        self.exit(2, f'{self.prog}: error: {message}\n' if first else None)
 
 
 def did_you_mean(word, known):
@@ -56,16 +56,18 @@ def run(main, parser, argv=None):
         args = parser.parse_args(argv)
     except (ValueError, RecursionError) as error:  # not UTF-8, an open quote, a file that names itself
         parser.error(f'argument file: {error}')
+    code, message = 0, None
     try:
         main(args)
-    except InputError as error:
-        parser.error(str(error))
-    except FloatingPointError as error:  # on all processes alike
-        parser.error(str(error), code=1)
+    except SystemExit as request:
+        code = request.code
+    except (InputError, FloatingPointError) as error:  # on all processes alike
+        code = 2 if isinstance(error, InputError) else 1
+        message = str(error) if os.environ.get('LOCAL_RANK', '0') == '0' else None
     except KeyboardInterrupt:
-        leave(128 + signal.SIGINT)
+        code = 128 + signal.SIGINT
     except RuntimeError as error:
-        message = str(error)
+        code, message = 1, str(error)
         if message.startswith('DataLoader worker'):  # torch raises this wherever we are when a worker dies
             message += (
                 '; memory may have run out: try fewer --num_workers, or more shared memory '
@@ -74,15 +76,22 @@ def run(main, parser, argv=None):
         elif not isinstance(error, RunError):
             raise
         rank, world_size = distributed.world()
-        process = f'process {rank}: ' if world_size > 1 else ''
-        print(f'{parser.prog}: error: {process}{message}', file=sys.stderr)
-        leave(1)
+        if world_size > 1:
+            message = f'process {rank}: {message}'
+    if message:
+        print(f'{parser.prog}: error: {message}', file=sys.stderr)
+    if code or distributed.joined:
+        leave(code)
 
 
 def leave(code):
-    """Exit, without the clean-up of loaders whose workers still run: a lock that a killed one held would block it."""
+    """Exit, at once where Python's clean-up could hang or abort.
+
+    A loader waits in it for a lock that a killed worker may hold; a thread of gloo that still lets go of a tensor needs
+    the GIL, is refused it, and aborts the process.
+    """
     workers = multiprocessing.active_children()
-    if not workers:
+    if not workers and not distributed.joined:
         sys.exit(code)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each
     for worker in workers:

@@ -76,6 +76,11 @@ def start(name, join=True):
     return device
 
 
+# The process group stays until the process ends. With DistributedDataParallel it would go while that holds the GIL,
+# which gloo's threads may still need to let go of the last tensors they summed: torch 2.11 would wait for ever.
+joined = []
+
+
 def join_group(name):
     """Meet the other processes at MASTER_ADDR:MASTER_PORT, which torchrun sets."""
     rank, (world_size, variable) = world()[0], from_launcher(WORLD_SIZE, 1)
@@ -90,6 +95,7 @@ def join_group(name):
     backend = 'cpu:gloo,cuda:nccl' if name.startswith('cuda') else 'gloo'  # StopRequest sums on the CPU
     try:
         dist.init_process_group(backend, rank=rank, world_size=world_size)
+        joined.append(dist.group.WORLD)
         barrier()
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
@@ -193,17 +199,9 @@ class StopRequest:
         return False
 
 
-left = []  # process groups; they go when the process ends
-
-
 def stop():
-    """Leave the process group.
-
-    It is not destroyed together with DistributedDataParallel: that holds the GIL, which gloo's threads may still need
-    to let go of the last tensors they summed, and torch 2.11 would wait for them for ever.
-    """
+    """Leave the process group. What is left of it goes when the process ends: see args.leave."""
     if dist.is_initialized():
-        left.append(dist.group.WORLD)
         dist.destroy_process_group()
 
 
