@@ -29,19 +29,15 @@ def get_parser():
     add_model_arguments(parser, MODELS)
     parser.set_defaults(blr=5e-4, betas=[0.9, 0.999], min_lr=1e-6, epochs=100)
     add = parser.add_argument_group('fine-tuning').add_argument
-    ratio, rate, default = number(float, 0, 1), number(float, 0), '(default: %(default)s)'
-    add('--layer_decay', type=ratio, default=0.65, help=f'learning rate of a block over the next {default}')
-    add('--drop_path', type=number(float, 0, 0.99), default=0.1, help=f'at the last block {default}')
-    add('--aa', type=augmentation, default='rand-m9-mstd0.5-inc1', help=f"timm's RandAugment, or none {default}")
-    add('--reprob', type=ratio, default=0.25, help=f'probability of random erasing {default}')
-    add('--mixup', type=rate, default=0.8, help=f'alpha of Mixup, 0: off {default}')
-    add('--cutmix', type=rate, default=1.0, help=f'alpha of CutMix, 0: off {default}')
-    add('--smoothing', type=number(float, 0, 0.99), default=0.1, help=f'label smoothing {default}')
-    add(
-        '--crop_pct',
-        type=number(float, 0.01, 1),
-        help='share of a test image that is seen (default: 0.875)',
-    )
+    ratio, rate = number(float, 0, 1), number(float, 0)
+    add('--layer_decay', type=ratio, default=0.65, help='learning rate of a block over the next')
+    add('--drop_path', type=number(float, 0, 0.99), default=0.1, help='at the last block')
+    add('--aa', type=augmentation, default='rand-m9-mstd0.5-inc1', help="timm's RandAugment, or none")
+    add('--reprob', type=ratio, default=0.25, help='probability of random erasing')
+    add('--mixup', type=rate, default=0.8, help='alpha of Mixup, 0: off')
+    add('--cutmix', type=rate, default=1.0, help='alpha of CutMix, 0: off')
+    add('--smoothing', type=number(float, 0, 0.99), default=0.1, help='label smoothing')
+    add('--crop_pct', type=number(float, 0.01, 1), help='share of a test image that is seen (default: 0.875)')
     add('--grad_checkpointing', action='store_true', help='less memory: activations are computed twice')
     add('--eval', action='store_true', help='only evaluate the weights of --init_from')
     add('--predict', nargs='+', metavar='PATH', help='only predict the classes of images and folders with --init_from')

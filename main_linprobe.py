@@ -30,12 +30,8 @@ def get_parser():
     add_model_arguments(parser, MODELS)
     parser.set_defaults(blr=0.1, weight_decay=0.0, epochs=90)
     add = parser.add_argument_group('probing').add_argument
-    add('--momentum', type=number(float, 0, 1), default=0.9, help='of LARS (default: %(default)s)')
-    add(
-        '--crop_pct',
-        type=number(float, 0.01, 1),
-        help='share of a test image that is seen (default: 0.875)',
-    )
+    add('--momentum', type=number(float, 0, 1), default=0.9, help='of LARS')
+    add('--crop_pct', type=number(float, 0.01, 1), help='share of a test image that is seen (default: 0.875)')
     add('--eval', action='store_true', help='only evaluate the probe of --init_from')
     add('--knn', type=number(int, 1), metavar='K', help='only classify by the K nearest training images')
     add('--logistic', action='store_true', help='only fit a logistic regression on the features of the training images')

@@ -24,19 +24,9 @@ def get_parser():
     add_common_arguments(parser)
     add_model_arguments(parser, MODELS, decoder=True)
     add, boolean = parser.add_argument_group('pre-training').add_argument, argparse.BooleanOptionalAction
-    add(
-        '--mask_ratio',
-        type=number(float, 0, 1),
-        default=0.75,
-        help='share of patches hidden from the encoder (default: %(default)s)',
-    )
+    add('--mask_ratio', type=number(float, 0, 1), default=0.75, help='share of patches hidden from the encoder')
     add('--norm_pix_loss', action=boolean, default=True, help='standardise each target patch (default: yes)')
-    add(
-        '--crop',
-        choices=['simple', 'rrc', 'none'],
-        default='simple',
-        help="MFF's, MAE's or none (default: %(default)s)",
-    )
+    add('--crop', choices=['simple', 'rrc', 'none'], default='simple', help="MFF's, MAE's or none")
     add('--grad_checkpointing', action=boolean, default=False, help='less memory: activations are computed twice')
     add('--knn_every', type=number(int, 1), metavar='EPOCHS', help='epochs between 20-NN accuracies; needs labels')
     variants.add_arguments(parser)

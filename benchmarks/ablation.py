@@ -51,10 +51,10 @@ FEATURES = {'cls token': 'cls', 'mean of patches': 'patches'}
 
 def get_parser():
     parser = ArgumentParser(__doc__)
-    add, default = parser.add_argument, '(default: %(default)s)'
+    add = parser.add_argument
     add('--data_path', required=True, help='labelled images, as for main_finetune.py')
     add('--results', required=True, metavar='DIR', help='small files, a table and figures: what is worth keeping')
-    add('--output_dir', default='output/ablation', help=f'checkpoints and logs {default}')
+    add('--output_dir', default='output/ablation', help='checkpoints and logs')
     add('--variants', nargs='+', choices=VARIANTS, default=['random', 'MAE', 'MFF'], help='(default: random MAE MFF)')
     add('--seeds', type=number(int, 0), nargs='+', default=[0, 1, 2], help='(default: 0 1 2)')
     add('--measure_every', type=number(int, 1), metavar='EPOCHS', help='measure on the way, too (default: at the end)')
@@ -62,8 +62,8 @@ def get_parser():
     add('--pretrain_flags', type=shlex.split, default=[], metavar="'FLAGS'", help='of main_pretrain.py')
     add('--measure_flags', type=shlex.split, default=[], metavar="'FLAGS'", help='of main_linprobe.py')
     add('--finetune_flags', type=shlex.split, metavar="'FLAGS'", help='of main_finetune.py (default: no fine-tuning)')
-    add('--num_workers', type=number(int, 0), default=1, help=f'loader processes of a run {default}')
-    add('--jobs', type=number(int, 1), default=1, help=f'runs at a time {default}')
+    add('--num_workers', type=number(int, 0), default=1, help='loader processes of a run')
+    add('--jobs', type=number(int, 1), default=1, help='runs at a time')
     return parser
 
 

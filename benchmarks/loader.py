@@ -35,9 +35,9 @@ def get_parser():
     add('--resized', help='a copy by util.resize (default: one is made, and deleted afterwards)')
     add('--crops', choices=list(PLAIN), nargs='+', default=list(PLAIN), help='(default: simple rrc)')
     add('--workers', type=count, nargs='*', default=[1, 2], help='numbers of workers (default: 1 2; none: one core)')
-    add('--batch_size', type=count, default=32, help='(default: %(default)s)')
-    add('--images', type=count, default=600, help='images per turn (default: %(default)s)')
-    add('--rounds', type=count, default=5, help='(default: %(default)s)')
+    add('--batch_size', type=count, default=32, help='images per batch')
+    add('--images', type=count, default=600, help='images per turn')
+    add('--rounds', type=count, default=5, help='turns of each variant')
     add('--device', default='auto', help='cuda or cpu (default: the first of them that is there)')
     add('--out', help='write OUT.md and OUT.json')
     return parser

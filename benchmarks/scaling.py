@@ -29,15 +29,15 @@ def get_parser():
     parser = ArgumentParser(__doc__.splitlines()[0])
     add, count = parser.add_argument, number(int, 1)
     add('--processes', type=count, nargs='+', default=[1, 2], help='(default: 1 2)')
-    add('--model', choices=SIZES, default='base', help='(default: %(default)s)')
+    add('--model', choices=SIZES, default='base', help='size of the ViT')
     add('--total_batch_size', type=count, help='(default: 256 for each of the most on GPUs, else 32)')
     add('--batch_size', type=count, help='images on one device at a time (default: what each of the most gets)')
     add('--steps', type=count, help='timed optimiser steps of a round, after two that are not (default: 20 or 2)')
-    add('--rounds', type=count, default=5, help='(default: %(default)s)')
+    add('--rounds', type=count, default=5, help='turns of each count')
     add('--device', default='auto', help='cuda or cpu (default: the first of them that is there)')
     add('--amp', choices=['auto', 'bf16', 'fp16', 'none'], default='auto', help='as of main_pretrain.py')
     add('--compile', action='store_true', help='torch.compile the model')
-    add('--threads', type=count, default=1, help='CPU threads of a process (default: %(default)s)')
+    add('--threads', type=count, default=1, help='CPU threads of a process')
     add('--out', help='write OUT.md and OUT.json')
     return parser
 

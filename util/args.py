@@ -18,7 +18,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse that reads recipes: @FILE stands for the flags in FILE, '#' starts a comment, later flags win."""
 
     def __init__(self, description=None, **kwargs):
-        kwargs.setdefault('formatter_class', argparse.RawDescriptionHelpFormatter)
+        kwargs.setdefault('formatter_class', HelpFormatter)
         super().__init__(description=description, fromfile_prefix_chars='@', allow_abbrev=False, **kwargs)
 
     def convert_arg_line_to_args(self, line):
@@ -38,6 +38,15 @@ class ArgumentParser(argparse.ArgumentParser):
             message = f'@{missing[2]}: {missing[1]}{did_you_mean(missing[2], known)}'
         first = os.environ.get('LOCAL_RANK', '0') == '0'  # once per machine, not once per process
         self.exit(2, f'{self.prog}: error: {message}\n' if first else None)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description, and adds each flag's default to its help, unless that says it."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        says = default is None or default is False or default == argparse.SUPPRESS or '(default' in action.help
+        return action.help if says else f'{action.help} (default: %(default)s)'
 
 
 def did_you_mean(word, known):
@@ -151,8 +160,7 @@ class ImageSize(argparse.Action):
 def add_model_arguments(parser, models, decoder=False):
     """The size of the model. A flag that is not given follows from --init_from, or else from --model."""
     count = number(int, 1)
-    group = parser.add_argument_group('model (flags not given follow --init_from, then --model)')
-    add = group.add_argument
+    add = parser.add_argument_group('model (flags not given follow --init_from, then --model)').add_argument
     add('--model', help=f'{", ".join(models)} (default: vit_base_patch16)')
     add('--input_size', action=ImageSize, type=count, nargs='+', metavar='SIDE', help='one side, or H and W, in pixels')
     add('--in_chans', type=count, help='channels: 3, 1 for grey, others from .npy (default: 3)')
@@ -172,94 +180,48 @@ def add_model_arguments(parser, models, decoder=False):
 
 def add_common_arguments(parser):
     """Flags of data, weights, optimisation and run that every job has."""
-    count, rate = number(int, 1), number(float, 0)
-    default = '(default: %(default)s)'
+    count, rate, share, colour = number(int, 1), number(float, 0), number(float, 0, 1), number(int, 0, 255)
 
     add = parser.add_argument_group('data').add_argument
-    add(
-        '--data_path',
-        help='a folder of images, nested or flat, with or without train/ and val/, or the same in tar files; '
-        'a .txt file that lists images; torch/NAME, a torchvision data set; or "shapes", which is drawn',
-    )
+    add('--data_path', help=DATA_PATH)
     add('--val_path', help='validation images, where they are not the val/ or test/ of --data_path')
-    add(
-        '--val_share',
-        type=number(float, 0, 0.9),
-        default=0.0,
-        metavar='SHARE',
-        help=f'share of the images held out for validation, where the data has no validation images {default}',
-    )
-    add('--download_dir', default='data', help=f'for torch/NAME data sets and indices of tar files {default}')
-    add(
-        '--background',
-        type=number(int, 0, 255),
-        nargs=3,
-        metavar=('R', 'G', 'B'),
-        default=[255, 255, 255],
-        help='colour behind transparent images (default: white)',
-    )
-    add(
-        '--max_bad',
-        type=number(float, 0, 1),
-        default=0.01,
-        metavar='SHARE',
-        help=f'share of the images that may be unreadable; they are replaced, and in evaluation left out {default}',
-    )
-    add(
-        '--num_workers',
-        type=number(int, 0),
-        help='loader processes per training process (default: the CPU cores divided by the processes, at most 16)',
-    )
+    add('--val_share', type=number(float, 0, 0.9), default=0.0, metavar='SHARE', help='held out, if there are none')
+    add('--download_dir', default='data', help='for torch/NAME data sets and indices of tar files')
+    add('--background', type=colour, nargs=3, metavar=('R', 'G', 'B'), default=[255] * 3, help='colour behind images')
+    add('--max_bad', type=share, default=0.01, metavar='SHARE', help='of images that may be unreadable')
+    add('--num_workers', type=number(int, 0), help='loader processes per training process (default: by CPU cores)')
 
     add = parser.add_argument_group('weights').add_argument
     add('--init_from', help="weights to start from, .pth or .safetensors: this project's, mmpretrain's, MAE's, timm's")
 
     add = parser.add_argument_group('optimisation').add_argument
-    add(
-        '--total_batch_size',
-        type=count,
-        help="images per step, on all devices together (default: MAE's, or less so that an epoch has ten steps)",
-    )
-    add(
-        '--batch_size',
-        type=count,
-        help='most images on one device at a time; the rest of the total is accumulated (default: total / processes)',
-    )
-    add('--epochs', type=count, default=300, help=default)
+    add('--total_batch_size', type=count, help='images per step on all devices (default: of MAE, less for few images)')
+    add('--batch_size', type=count, help='most images on a device at a time; the rest is accumulated (default: all)')
+    add('--epochs', type=count, default=300, help='passes over the images')
     add('--warmup_epochs', type=rate, help='(default: a tenth of the epochs)')
-    add('--blr', type=rate, default=1.5e-4, help=f'learning rate per 256 images of the total batch {default}')
+    add('--blr', type=rate, default=1.5e-4, help='learning rate per 256 images of the total batch')
     add('--lr', type=rate, help='learning rate; overrides --blr')
-    add('--min_lr', type=rate, default=0.0, help=f'learning rate at the end {default}')
-    add('--weight_decay', type=rate, default=0.05, help=default)
-    add('--betas', type=number(float, 0, 0.999999), nargs=2, default=[0.9, 0.95], help=f'of AdamW {default}')
+    add('--min_lr', type=rate, default=0.0, help='learning rate at the end')
+    add('--weight_decay', type=rate, default=0.05, help='not of norms and biases')
+    add('--betas', type=number(float, 0, 0.999999), nargs=2, default=[0.9, 0.95], help='of AdamW')
     add('--clip_grad', type=number(float, 1e-12), help='largest norm of the gradient (default: no clipping)')
 
     add = parser.add_argument_group('run').add_argument
-    add('--output_dir', default='output', help=f'checkpoints, log.jsonl, TensorBoard {default}')
-    add(
-        '--resume',
-        default='auto',
-        help='auto: from the newest intact checkpoint in --output_dir, if any; none: start from the beginning; '
-        f'or a checkpoint {default}',
-    )
+    add('--output_dir', default='output', help='for checkpoints, log.jsonl, TensorBoard')
+    add('--resume', default='auto', help='auto: the newest intact checkpoint in --output_dir; none; or a checkpoint')
     add('--force_resume', action='store_true', help='resume even with flags that change the training')
-    add('--seed', type=number(int, 0, 2**63 - 1), default=0, help=default)
+    add('--seed', type=number(int, 0, 2**63 - 1), default=0, help='of all random numbers')
     add('--device', default='auto', help='cuda, mps or cpu (default: the first of them that this machine has)')
-    add(
-        '--amp',
-        choices=['auto', 'bf16', 'fp16', 'none'],
-        default='auto',
-        help='precision of the forward pass; auto: bf16 on a GPU that has it, fp16 on another, none on a CPU',
-    )
+    add('--amp', choices=['auto', 'bf16', 'fp16', 'none'], default='auto', help='auto: bf16, else fp16; none on a CPU')
     add('--compile', action=argparse.BooleanOptionalAction, default=False, help='torch.compile the model')
-    add(
-        '--save_every',
-        type=save_interval,
-        default='10min',
-        metavar='N|Nmin|Nep',
-        help=f'save a checkpoint every N steps, minutes or epochs, and at the end {default}',
-    )
+    add('--save_every', type=save_interval, default='10min', metavar='N|Nmin|Nep', help='steps, minutes or epochs')
     add('--keep_every', type=count, metavar='EPOCHS', help='keep a copy of the checkpoint every so many epochs')
-    add('--log_every', type=count, default=20, metavar='STEPS', help=default)
-    add('--eval_every', type=count, default=1, metavar='EPOCHS', help=f'epochs between evaluations {default}')
-    add('--picture_every', type=count, default=20, metavar='EPOCHS', help=f'epochs between pictures {default}')
+    add('--log_every', type=count, default=20, metavar='STEPS', help='steps between log lines')
+    add('--eval_every', type=count, default=1, metavar='EPOCHS', help='epochs between evaluations')
+    add('--picture_every', type=count, default=20, metavar='EPOCHS', help='epochs between pictures')
+
+
+DATA_PATH = (
+    'a folder of images, nested or flat, with or without train/ and val/, or the same in tar files; a .txt file that '
+    'lists images; torch/NAME, a torchvision data set; or "shapes", which is drawn'
+)

@@ -34,20 +34,11 @@ def get_parser():
     add, count = parser.add_argument, number(int, 1)
     add('src', metavar='SRC', help='a folder of images')
     add('dst', metavar='DST', help='folder for the copy')
-    add(
-        '--size',
-        action=ImageSize,
-        type=count,
-        nargs='+',
-        metavar='SIDE',
-        default=[224, 224],
-        help='the --input_size of the training: one side, or H and W (default: 224)',
-    )
-    add('--quality', type=number(int, 1, 100), default=95, help='of the JPEG files (default: %(default)s)')
+    add('--size', action=ImageSize, type=count, nargs='+', default=[224, 224], help='the --input_size of the training')
+    add('--quality', type=number(int, 1, 100), default=95, help='of the JPEG files')
     add('--lossless', action='store_true', help='BMP: larger than JPEG, faster to read than PNG or WebP')
     add('--in_chans', type=count, default=3, help='channels; arrays of other than 1 or 3 stay .npy (default: 3)')
-    add('--background', type=number(int, 0, 255), nargs=3, metavar=('R', 'G', 'B'), default=list(WHITE),
-        help='colour behind transparent images (default: white)')  # fmt: skip
+    add('--background', type=number(int, 0, 255), nargs=3, default=list(WHITE), help='R G B behind transparent images')
     add('--max_bad', type=number(float, 0, 1), default=0.01, metavar='SHARE', help='as of main_pretrain.py')
     add('--num_workers', type=number(int, 0), help='processes (default: the CPU cores, at most 16)')
     return parser

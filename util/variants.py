@@ -24,7 +24,7 @@ def add_arguments(parser):
     """Add --fuse_proj, --fusion and --target."""
     group = parser.add_argument_group("the paper's alternatives (util/variants.py)")
     for name, (options, text) in CHOICES.items():
-        group.add_argument(f'--{name}', choices=options, default=options[0], help=f'{text} (default: %(default)s)')
+        group.add_argument(f'--{name}', choices=options, default=options[0], help=text)
 
 
 def chosen(args):

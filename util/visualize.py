@@ -421,7 +421,7 @@ def get_parser():
 
     def add_images(one, seed):
         one.add_argument('--images', nargs='+', required=True, metavar='IMAGE', help='image files, or folders of them')
-        one.add_argument('--seed', type=number(int, 0, 2**63 - 1), default=0, help=f'{seed} (default: %(default)s)')
+        one.add_argument('--seed', type=number(int, 0, 2**63 - 1), default=0, help=seed)
 
     one = add_figure('reconstruct', draw_reconstruction, 'input, masked, reconstruction', nargs=1)
     add_images(one, 'of the masks')
