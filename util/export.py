@@ -5,10 +5,10 @@
 timm reads such a folder from a disk ('local-dir:') and from the hub ('hf-hub:').
 """
 
-import contextlib
 import json
 import os
 import shutil
+import tempfile
 
 import timm
 from safetensors.torch import save
@@ -19,23 +19,52 @@ from util.errors import InputError
 from util.loading import part_of
 
 # timm's architecture by encoder width, or else base: model_args in config.json hold all sizes, so any works.
-ARCHITECTURES = {
-    192: 'tiny_patch16',
-    384: 'small_patch16',
-    768: 'base_patch16',
-    1024: 'large_patch16',
-    1280: 'huge_patch14',
-}
+ARCHITECTURES = {192: 'tiny_patch16', 384: 'small_patch16', 1024: 'large_patch16', 1280: 'huge_patch14'}
 
 # Flags of the run that come with its weights, besides sizes, mean and std; others, such as paths, do not.
 KEPT_FLAGS = ['model', 'input_size', 'norm_pix_loss', 'mask_ratio', 'crop', 'crop_pct', 'epochs', *variants.CHOICES]
 
-CITATION = """@inproceedings{liu2023improving,
-  title     = {Improving Pixel-based MIM by Reducing Wasted Modeling Capability},
-  author    = {Liu, Yuan and Zhang, Songyang and Chen, Jiacheng and Yu, Zhaohui and Chen, Kai and Lin, Dahua},
-  booktitle = {ICCV},
-  year      = {2023}
-}"""
+MODEL_CARD = """---
+license: unknown  # of the weights: choose, with the data in mind
+library_name: timm
+pipeline_tag: {task}
+tags: [{tags}]
+---
+# {title}
+
+{method}, cited below.
+
+| | |
+|---|---|
+{table}
+
+```python
+import timm
+
+model = timm.create_model('hf-hub:USER/NAME', pretrained=True).eval()   # or 'local-dir:FOLDER'
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+output = model(transform(image).unsqueeze(0))   # {output}
+```
+
+{pretraining}
+
+## To fill in
+
+- Training data: its name, source and licence, and who or what it leaves out.
+- Intended use, and uses that are out of scope.
+- Results on data of your own, with the number of runs; known failures and biases.
+
+## Citation
+
+```bibtex
+@inproceedings{{liu2023improving,
+  title     = {{Improving Pixel-based MIM by Reducing Wasted Modeling Capability}},
+  author    = {{Liu, Yuan and Zhang, Songyang and Chen, Jiacheng and Yu, Zhaohui and Chen, Kai and Lin, Dahua}},
+  booktitle = {{ICCV}},
+  year      = {{2023}}
+}}
+```
+"""
 
 
 def export(path, output_dir):
@@ -76,7 +105,7 @@ def export(path, output_dir):
     contents = {
         'model.safetensors': to_bytes(encoder, metadata),
         'config.json': json.dumps(config, indent=2).encode() + b'\n',
-        'README.md': model_card(file, settings, config).encode() + b'\n',
+        'README.md': model_card(file, settings, config).encode(),
     }
     if 'decoder_embed.weight' in file.state:  # apart: timm takes the only one beside config.json
         contents['pretraining/model.safetensors'] = to_bytes(file.state, metadata)
@@ -101,22 +130,18 @@ def write_files(contents, folder):
     new = folder = os.path.abspath(folder)
     while not os.path.exists(os.path.dirname(new)):
         new = os.path.dirname(new)
-    existed = os.path.exists(new)
-    pretraining = os.path.join(folder, 'pretraining', 'model.safetensors')
+    existed, earlier = os.path.exists(new), os.path.join(folder, 'pretraining', 'model.safetensors')
     try:
-        for name, content in contents.items():
-            path = os.path.join(folder, name)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            try:
-                with open(f'{path}.tmp', 'wb') as file:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+            for name, content in contents.items():
+                path = os.path.join(folder, name)
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(os.path.join(unfinished, 'file'), 'wb') as file:
                     file.write(content)
-                os.replace(f'{path}.tmp', path)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    os.remove(f'{path}.tmp')
-                raise
-        if 'pretraining/model.safetensors' not in contents and os.path.exists(pretraining):  # of an earlier export
-            os.remove(pretraining)
+                os.replace(file.name, path)
+        if 'pretraining/model.safetensors' not in contents and os.path.exists(earlier):
+            os.remove(earlier)
     except OSError:
         if not existed:
             shutil.rmtree(new, ignore_errors=True)
@@ -165,79 +190,48 @@ def make_config(settings, encoder):
 def model_card(file, settings, config):
     """README.md: what the weights are, and how to load them."""
     sizes, flags, num_classes = settings.sizes, settings.flags, config['num_classes']
-    name, pretraining = str(getattr(flags, 'model', 'ViT')).removeprefix('mff_'), 'decoder_embed.weight' in file.state
-    if not pretraining:
-        tags, title = ['timm'], f'{"Classifier" if num_classes else "Encoder"} {name}'
-        method = 'Trained with a PyTorch implementation of MFF, which is cited below.'
-    elif len(sizes['fuse_layers']) > 1:
-        tags = ['timm', 'masked-image-modeling', 'mff']
-        title = f'Encoder {name}, pre-trained with multi-level feature fusion (MFF)'
-        method = 'Method: [arXiv 2308.00261](https://arxiv.org/abs/2308.00261), cited below.'
+    name, is_pretraining = (
+        str(getattr(flags, 'model', 'ViT')).removeprefix('mff_'),
+        'decoder_embed.weight' in file.state,
+    )
+    if not is_pretraining:
+        tags, title = 'timm', f'{"Classifier" if num_classes else "Encoder"} {name}'
+        method = 'Trained with a PyTorch implementation of MFF, which is'
+        pretraining = 'To add: the weights that it started from, and how these were pre-trained.'
     else:
-        tags = ['timm', 'masked-image-modeling']
-        title = f'Encoder {name}, pre-trained as a masked autoencoder (MAE)'
-        method = 'Method: [arXiv 2111.06377](https://arxiv.org/abs/2111.06377), without the fusion of MFF, cited below.'
+        tags, title = 'timm, masked-image-modeling', f'Encoder {name}, pre-trained as a masked autoencoder (MAE)'
+        method = 'Method: [arXiv 2111.06377](https://arxiv.org/abs/2111.06377), without the fusion of MFF'
+        pretraining = '`pretraining/model.safetensors` is the whole model with its decoder, for continued pre-training.'
+    if is_pretraining and len(sizes['fuse_layers']) > 1:
+        tags, title = f'{tags}, mff', f'Encoder {name}, pre-trained with multi-level feature fusion (MFF)'
+        method = 'Method: [arXiv 2308.00261](https://arxiv.org/abs/2308.00261)'
     channels, height, width = config['pretrained_cfg']['input_size']
     step, epoch, top1 = (file.content.get(key) for key in ('step', 'epoch', 'best_top1'))
     rows = {
         'architecture': f'{name}, {sizes["embed_dim"]} wide, {sizes["depth"]} blocks, patch {sizes["patch_size"]}',
         'input': f'{channels} x {height} x {width}, mean {flatten(settings.mean)}, std {flatten(settings.std)}',
-        'trained': None if step is None else f'{epoch} epochs, {step} steps',
+        'trained': step and f'{epoch} epochs, {step} steps',
         'classes': num_classes or None,
-        'fused blocks': flatten(sizes['fuse_layers']) if pretraining else None,
-        'mask ratio': flags.mask_ratio if pretraining else None,
-        'crop': {'simple': "simple, MFF's", 'rrc': "random resized, MAE's"}.get(str(getattr(flags, 'crop', None))),
-        'pixels predicted': {'True': 'standardised in each patch', 'False': 'as they are'}.get(
-            str(flags.norm_pix_loss)
-        ),
-        **({} if variants.is_default(flags) else variants.chosen(flags)),
         'training images': file.content.get('num_images'),
         'top-1, validation images': f'{top1:.2f} %' if isinstance(top1, float) and top1 >= 0 else None,
     }
-    output = f'logits (1, {num_classes})' if num_classes else f'class token (1, {config["num_features"]})'
-    lines = [
-        '---',
-        'license: unknown  # of the weights: choose, with the data in mind',
-        'library_name: timm',
-        f'pipeline_tag: {"image-classification" if num_classes else "image-feature-extraction"}',
-        f'tags: [{", ".join(tags)}]',
-        '---',
-        f'# {title}',
-        '',
-        method,
-        '',
-        '| | |',
-        '|---|---|',
-        *(f'| {key} | {value} |' for key, value in rows.items() if value is not None),
-        '',
-        '```python',
-        'import timm',
-        '',
-        "model = timm.create_model('hf-hub:USER/NAME', pretrained=True).eval()   # or 'local-dir:FOLDER'",
-        'transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))',
-        f'output = model(transform(image).unsqueeze(0))   # {output}',
-        '```',
-    ]
-    if pretraining:
-        lines += [
-            '',
-            '`pretraining/model.safetensors` is the whole model with its decoder, for continued pre-training.',
-        ]
-    lines += ['', '## To fill in', '']
-    if not pretraining:
-        lines.append('- The weights that it started from, and how these were pre-trained.')
-    lines += [
-        '- Training data: its name, source and licence, and who or what it leaves out.',
-        '- Intended use, and uses that are out of scope.',
-        '- Results on data of your own, with the number of runs; known failures and biases.',
-        '',
-        '## Citation',
-        '',
-        '```bibtex',
-        CITATION,
-        '```',
-    ]
-    return '\n'.join(lines)
+    if is_pretraining:
+        rows |= {
+            'fused blocks': flatten(sizes['fuse_layers']),
+            'mask ratio': flags.mask_ratio,
+            'crop': {'simple': "simple, MFF's", 'rrc': "random resized, MAE's"}.get(getattr(flags, 'crop', None)),
+            'pixels predicted': 'standardised in each patch' if flags.norm_pix_loss else 'as they are',
+            **({} if variants.is_default(flags) else variants.chosen(flags)),
+        }
+    return MODEL_CARD.format(
+        task='image-classification' if num_classes else 'image-feature-extraction',
+        tags=tags,
+        title=title,
+        method=method,
+        table='\n'.join(f'| {key} | {value} |' for key, value in rows.items() if value is not None),
+        output=f'logits (1, {num_classes})' if num_classes else f'class token (1, {config["num_features"]})',
+        pretraining=pretraining,
+    )
 
 
 def flatten(values):
