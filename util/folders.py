@@ -153,16 +153,22 @@ def find_files(root, extensions):
     return sorted(names)
 
 
-def image_paths(paths):
-    """Paths that a user typed -> paths of images: a folder stands for the images in it and below. Raises InputError."""
+def image_paths(paths, most=None):
+    """Paths that a user typed -> paths of images: a folder stands for those in it and below, or `most`, spread over it.
+
+    Raises:
+        InputError: if there are none.
+    """
     found = []
     for path in paths:
         if os.path.isdir(path):
-            found += [os.path.join(path, os.fsdecode(name)) for name in find_files(path, EXTENSIONS)]
+            names = find_files(path, EXTENSIONS)
+            count = min(len(names), most or len(names))
+            found += [os.path.join(path, os.fsdecode(names[i * len(names) // count])) for i in range(count)]
         else:
             found.append(path)
     if not found:
-        raise InputError(f'no images in {", ".join(paths)}')
+        raise InputError(f'no image in {", ".join(paths)}')
     return found
 
 

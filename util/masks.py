@@ -17,7 +17,7 @@ from util import tar
 from util.errors import InputError, as_input_error
 from util.folders import EXTENSIONS, ImageFiles, Options, TarImages, find_files
 from util.shapes import Shapes
-from util.sources import hold_out
+from util.sources import open_splits
 from util.transforms import IGNORE
 
 # Names below --data_path: images/train/a/1.jpg and masks/train/a/1.png belong together
@@ -139,17 +139,7 @@ def open_pairs(args, sizes, labels, only_val=False):
         InputError: if images or masks are missing, have no classes, or do not fit together.
     """
     options = Options(sizes['in_chans'], tuple(args.background), tuple(sizes['img_size']), args.download_dir)
-
-    def open_split(path, split):
-        return open_source(path, split, options, labels)
-
-    val_path = args.val_path or args.data_path
-    val = open_split(val_path, 'val') or (open_split(val_path, 'train') if args.val_path else None)
-    train = None if only_val and val else open_split(args.data_path, 'train')
-    if val is None and args.val_share:
-        train, val = hold_out(train, args.val_share)
-    elif val is None and only_val:
-        val = train
+    train, val = open_splits(args, lambda path, split: open_source(path, split, options, labels), only_val)
     if val is None:
         raise InputError(
             f'{args.data_path} has no val/, validation/ or test/ beside its training images; name validation images '
@@ -157,7 +147,7 @@ def open_pairs(args, sizes, labels, only_val=False):
         )
     if train is not None and train.classes != val.classes:
         raise InputError(f'{args.data_path} and {args.val_path} have other classes')
-    return None if only_val else train, val
+    return train, val
 
 
 def open_source(path, split, options, labels):

@@ -36,17 +36,20 @@ def open_sources(args, sizes, labelled=False, only_val=False):
         InputError: as open_source and hold_out do.
     """
     options = Options(sizes['in_chans'], tuple(args.background), tuple(sizes['img_size']), args.download_dir, labelled)
+    return open_splits(args, lambda path, split: open_source(path, split, options), only_val)
+
+
+def open_splits(args, open_split, only_val):
+    """As open_sources, where open_split(path, 'train' or 'val') opens a source, or gives None where there is no val."""
     if args.val_path:
-        val = open_source(args.val_path, 'val', options) or open_source(args.val_path, 'train', options)
+        val = open_split(args.val_path, 'val') or open_split(args.val_path, 'train')
     else:
-        val = open_source(args.data_path, 'val', options)
-    if only_val and val is not None:
-        return None, val
-    train = open_source(args.data_path, 'train', options)
+        val = open_split(args.data_path, 'val')
+    train = None if only_val and val is not None else open_split(args.data_path, 'train')
     if val is None and args.val_share:
         train, val = hold_out(train, args.val_share)
-    elif only_val:
-        train, val = None, train
+    elif val is None and only_val:
+        val = train
     return (None if only_val else train), val
 
 

@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw
 from util import log, transforms
 from util.args import ArgumentParser, number, run
 from util.errors import InputError
-from util.folders import EXTENSIONS, find_files
+from util.folders import image_paths
 from util.images import read_given_image
 from util.weights import load_encoder, load_model, random_encoder
 
@@ -46,10 +46,8 @@ def reconstruct(model, imgs, mask_ratio=0.75, noise=None):
     _, pred, mask = model(imgs, mask_ratio, noise)  # (N, L, p*p*C), (N, L)
     pred = pred.float()
     if model.norm_pix_loss:
-        target_image = getattr(
-            model, 'target_image', lambda imgs: imgs
-        )  # the alternatives of util/variants.py have one
-        target = model.patchify(target_image(imgs))
+        target_image = getattr(model, 'target_image', None)  # of the alternatives in util/variants.py
+        target = model.patchify(target_image(imgs) if target_image else imgs)
         pred = pred * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)
     reconstruction = model.unpatchify(pred)
     hidden = model.unpatchify(mask.unsqueeze(-1).expand_as(pred)) > 0
@@ -331,18 +329,8 @@ def read_images(paths, settings, most=None):
     Raises:
         InputError: if there are none, or one cannot be read.
     """
-    files = []
-    for path in paths:
-        if os.path.isdir(path):
-            found = [os.path.join(path, os.fsdecode(name)) for name in find_files(path, EXTENSIONS)]
-            count = min(len(found), most or len(found))
-            files += [found[i * len(found) // count] for i in range(count)]
-        else:
-            files.append(path)
-    if not files:
-        raise InputError(f'no image in {", ".join(paths)}')
     transform = transforms.centre_transform(settings.sizes['img_size'])
-    images = [transform(read_given_image(file, settings.sizes['in_chans'])) for file in files]
+    images = [transform(read_given_image(path, settings.sizes['in_chans'])) for path in image_paths(paths, most)]
     return torch.stack([transforms.normalise(image, settings.mean, settings.std) for image in images])
 
 
@@ -360,10 +348,6 @@ def draw_reconstruction(args):
     noise = torch.rand(len(imgs), model.patch_embed.num_patches, generator=torch.Generator().manual_seed(args.seed))
     mask_ratio = settings.flags.mask_ratio if args.mask_ratio is None else args.mask_ratio
     return reconstruction_figure(model, imgs, (settings.mean, settings.std), mask_ratio, noise)
-
-
-def draw_curves(args):
-    return curves_figure(args.paths)
 
 
 def draw_fusion(args):
@@ -428,7 +412,7 @@ def get_parser():
     one.add_argument('--mask_ratio', type=number(float, 0, 0.999), help='(default: as in training)')
     boolean = argparse.BooleanOptionalAction
     one.add_argument('--norm_pix_loss', action=boolean, help='for files that do not say it (default: yes)')
-    add_figure('curves', draw_curves, 'losses, accuracies and fusion weights over training', 'output_dir')
+    add_figure('curves', lambda args: curves_figure(args.paths), 'losses, accuracies, fusion weights', 'output_dir')
     add_figure('fusion', draw_fusion, 'fusion weights by block')
     one = add_figure('spectrum', draw_spectrum, 'frequency content of the features of each block')
     add_images(one, 'of the random weights')
