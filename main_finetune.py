@@ -25,9 +25,9 @@ from util.errors import InputError, as_input_error
 
 def get_parser():
     parser = ArgumentParser(__doc__, usage='%(prog)s [@RECIPE] [--FLAG VALUE ...]')
-    add_common_arguments(parser)
+    add_common_arguments(parser, betas=[0.9, 0.999])
     add_model_arguments(parser, MODELS)
-    parser.set_defaults(blr=5e-4, betas=[0.9, 0.999], min_lr=1e-6, epochs=100)
+    parser.set_defaults(blr=5e-4, min_lr=1e-6, epochs=100)
     add = parser.add_argument_group('fine-tuning').add_argument
     ratio, rate = number(float, 0, 1), number(float, 0)
     add('--layer_decay', type=ratio, default=0.65, help='learning rate of a block over the next')

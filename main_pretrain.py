@@ -21,7 +21,7 @@ from util.errors import InputError, as_input_error
 
 def get_parser():
     parser = ArgumentParser(__doc__, usage='%(prog)s [@RECIPE] [--FLAG VALUE ...]')
-    add_common_arguments(parser)
+    add_common_arguments(parser, betas=[0.9, 0.95])
     add_model_arguments(parser, MODELS, decoder=True)
     add, boolean = parser.add_argument_group('pre-training').add_argument, argparse.BooleanOptionalAction
     add('--mask_ratio', type=number(float, 0, 1), default=0.75, help='share of patches hidden from the encoder')

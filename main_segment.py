@@ -38,9 +38,9 @@ from util.errors import InputError, as_input_error
 
 def get_parser():
     parser = ArgumentParser(__doc__, usage='%(prog)s [@RECIPE] [--FLAG VALUE ...]')
-    add_common_arguments(parser)
+    add_common_arguments(parser, betas=[0.9, 0.999])
     add_model_arguments(parser, MODELS)
-    parser.set_defaults(lr=1e-4, betas=[0.9, 0.999], epochs=100)
+    parser.set_defaults(blr=1.6e-3, epochs=100)  # 1e-4 at a total batch of 16
     count = number(int, 1)
     add = parser.add_argument_group('segmentation').add_argument
     add('--levels', type=number(int, 0), nargs=4, help='blocks whose outputs are used (default: 3 5 7 11 of 12)')

@@ -39,7 +39,7 @@ JOB_FLAGS = {
     'pretrain': '--data_path {images} --total_batch_size 16 --blr 0.16 ',
     'finetune': '--data_path {images} --total_batch_size 16 --blr 0.16 --min_lr 0 ',
     'linprobe': '--data_path {images} --total_batch_size 16 --blr 0.16 ',
-    'segment': '--data_path {pairs} --total_batch_size 8 --lr 0.01 --channels 8 --aux_channels 8 ',
+    'segment': '--data_path {pairs} --total_batch_size 8 --blr 0.32 --channels 8 --aux_channels 8 ',
 }
 
 
@@ -197,12 +197,11 @@ CASES = {
             '--json --predict {image} --init_from {checkpoint}', prints=r'{"image": .*, "classes": {"', resume=None
         ),
     },
-    'linprobe': COMMON
+    'linprobe': {name: case for name, case in COMMON.items() if name != 'betas'}  # LARS has none
     | CLASSIFIER
     | {
         'batch_size': replace(COMMON['batch_size'], resume='images on a device at a time'),
         'weight_decay': Case('--weight_decay 0.3', {'decays': [0.3]}),
-        'betas': Case('--betas 0.5 0.6'),  # LARS has none
         'force_resume': replace(COMMON['force_resume'], changes={'start': 4, 'decays': [0.3]}),
         'momentum': Case('--momentum 0.5', {'momentum': 0.5}),
         'knn': Case('--knn 3', prints='3-nearest-neighbour top-1', resume=None),
@@ -224,7 +223,7 @@ CASES = {
         'batch_size': Case('--batch_size 4', fails='BatchNorm would average over 4 images only', resume=None),
         'epochs': Case('--epochs 3', {'rates': [1e-8, 0.01, 0.01, 2 / 300, 1 / 300, 0]}, exact=False),
         'warmup_epochs': Case('--warmup_epochs 0', {'rates': [0.01, 2 / 300, 1 / 300, 0]}),
-        'blr': Case('--blr 0.08'),  # --lr has a default
+        'blr': Case('--blr 0.16', {'rates': [5e-9, 0.005, 0.005, 0]}),
         'lr': Case('--lr 5e-3', {'rates': [5e-9, 0.005, 0.005, 0]}),
         'min_lr': Case('--min_lr 1e-3', {'rates': [1e-8, 0.01, 0.01, 0.001]}),
         'seed': Case(

@@ -178,8 +178,8 @@ def add_model_arguments(parser, models, decoder=False):
         add('--fuse_layers', type=number(int, 0), nargs='+', help='fused blocks, from 0; only the last: plain MAE')
 
 
-def add_common_arguments(parser):
-    """Flags of data, weights, optimisation and run that every job has."""
+def add_common_arguments(parser, betas=None):
+    """Flags of data, weights, optimisation and run that every job has. betas: the usual ones, for a job with AdamW."""
     count, rate, share, colour = number(int, 1), number(float, 0), number(float, 0, 1), number(int, 0, 255)
 
     add = parser.add_argument_group('data').add_argument
@@ -203,7 +203,8 @@ def add_common_arguments(parser):
     add('--lr', type=rate, help='learning rate; overrides --blr')
     add('--min_lr', type=rate, default=0.0, help='learning rate at the end')
     add('--weight_decay', type=rate, default=0.05, help='not of norms and biases')
-    add('--betas', type=number(float, 0, 0.999999), nargs=2, default=[0.9, 0.95], help='of AdamW')
+    if betas:
+        add('--betas', type=number(float, 0, 0.999999), nargs=2, default=betas, help='of AdamW')
     add('--clip_grad', type=number(float, 1e-12), help='largest norm of the gradient (default: no clipping)')
 
     add = parser.add_argument_group('run').add_argument

@@ -115,6 +115,7 @@ def curves_figure(output_dirs):
 LOSSES = {'loss': ('loss', '-'), 'val_loss': ('validation loss', 'o--')}  # name in the log: name for people, line style
 ACCURACIES = {
     'val_top1': ('top-1', 'o-'),
+    'val_miou': ('mIoU', 'o-'),
     'val_knn_cls': ('20-NN by the cls token', 'o--'),
     'val_knn_patches': ('20-NN by the mean of patches', 's-'),
 }
