@@ -69,7 +69,7 @@ def run(main, parser, argv=None):
     try:
         main(args)
     except SystemExit as request:
-        code = request.code
+        code = request.code or 0
     except (InputError, FloatingPointError) as error:  # on all processes alike
         code = 2 if isinstance(error, InputError) else 1
         message = str(error) if os.environ.get('LOCAL_RANK', '0') == '0' else None
