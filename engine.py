@@ -54,7 +54,7 @@ class Events:
 def initial_weights(args, model, settings, complete=False):
     """Load --init_from into model, if it is given, and return a line on what it was, and which flags differ from it.
 
-    complete: refuse to go without, and refuse a file that lacks any of the model, such as its head.
+    complete: require --init_from, and a file with every part of the model, such as its head.
 
     Raises:
         InputError: as weights.load_weights does.
@@ -70,8 +70,8 @@ def start_run(args, schedule, model, settings, classes=None):
     """Claim --output_dir, find the checkpoint to resume, and join the other processes.
 
     Args:
-        settings: as weights.settle gives them; sizes, mean and std go into every checkpoint, and so do
-        classes: the names of the classes, for a classifier.
+        settings: as weights.settle gives them; every checkpoint holds its sizes, mean and std.
+        classes: names of the classes, of a classifier or segmenter; also in every checkpoint.
 
     Raises:
         InputError: if --output_dir cannot be used, or its checkpoint is of another run.
@@ -94,9 +94,9 @@ def start_run(args, schedule, model, settings, classes=None):
         start = state['step']
         record |= {name: value for name, value in state.items() if name.startswith('best_')}
         if start > schedule.total_steps:
-            raise InputError(f'the checkpoint is of step {start}, after the last of this run, {schedule.total_steps}')
+            raise InputError(f'the checkpoint is at step {start}, but this run ends at step {schedule.total_steps}')
     device = distributed.start(device_name)
-    distributed.check_equal(start, 'the step of the checkpoint to resume; is --output_dir shared?')
+    distributed.check_equal(start, 'the step of the checkpoint to resume (is --output_dir shared?)')
     distributed.check_equal(schedule.num_images, 'the number of images')
     autocast, scaler = distributed.mixed_precision(args.amp, device)
     return Run(
@@ -274,7 +274,7 @@ def evaluation_loader(args, device, samples, settings):
 
 @torch.no_grad()
 def evaluate(model, loader, measure):
-    """{name: mean over all images of all processes} of what measure(model, batch) gives as means over a batch.
+    """The means, over all images of all processes, of the numbers {name: mean over a batch} of measure(model, batch).
 
     Each process has its own share of the images in loader, each image once, but for those that cannot be read: they
     are left out, and their number is 'val_bad_images' if there are any. Above --max_bad it is a RunError.
@@ -331,7 +331,7 @@ def report_classifier(args, model, source, settings, origin):
     if settings.classes:
         sources.check_same_classes(settings.classes, list(map(str, source.classes)), 'the checkpoint', path)
     if flags.get('val_share') and flags.get('data_path') == path == getattr(source, 'root', None):
-        origin += f'\nMost of these images were trained on; --val_share {flags["val_share"]:g} takes the others alone'
+        origin += f'\nMost of these images were trained on; --val_share {flags["val_share"]:g} evaluates the others'
     device = distributed.start(distributed.choose_device(args.device))
     autocast, _ = distributed.mixed_precision(args.amp, device)
     loader = classes_loader(args, source, settings, device)

@@ -30,14 +30,14 @@ def get_parser():
     parser.set_defaults(blr=5e-4, min_lr=1e-6, epochs=100)
     add = parser.add_argument_group('fine-tuning').add_argument
     ratio, rate = number(float, 0, 1), number(float, 0)
-    add('--layer_decay', type=ratio, default=0.65, help='learning rate of a block over the next')
-    add('--drop_path', type=number(float, 0, 0.99), default=0.1, help='at the last block')
+    add('--layer_decay', type=ratio, default=0.65, help='learning rate of a block divided by that of the next')
+    add('--drop_path', type=number(float, 0, 0.99), default=0.1, help='stochastic depth: rate of the last block')
     add('--aa', type=augmentation, default='rand-m9-mstd0.5-inc1', help="timm's RandAugment, or none")
     add('--reprob', type=ratio, default=0.25, help='probability of random erasing')
     add('--mixup', type=rate, default=0.8, help='alpha of Mixup, 0: off')
     add('--cutmix', type=rate, default=1.0, help='alpha of CutMix, 0: off')
     add('--smoothing', type=number(float, 0, 0.99), default=0.1, help='label smoothing')
-    add('--crop_pct', type=number(float, 0.01, 1), help='share of a test image that is seen (default: 0.875)')
+    add('--crop_pct', type=number(float, 0.01, 1), help='crop of a test image over its resized side (default: 0.875)')
     add('--grad_checkpointing', action='store_true', help='less memory: activations are computed twice')
     add('--eval', action='store_true', help='only evaluate the weights of --init_from')
     add('--predict', nargs='+', metavar='PATH', help='only predict the classes of images and folders with --init_from')
@@ -52,7 +52,9 @@ def augmentation(text):
             rand_augment_transform(text, {})
         return text
     except (AssertionError, KeyError, ValueError):
-        raise argparse.ArgumentTypeError(f"'{text}' is neither none nor such as rand-m9-mstd0.5-inc1") from None
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is neither none nor a RandAugment policy such as rand-m9-mstd0.5-inc1"
+        ) from None
 
 
 def main(args):
@@ -121,7 +123,7 @@ def predict(args):
         raise InputError('--predict needs a fine-tuned checkpoint: --init_from CHECKPOINT')
     settings = weights.settle(args)
     if not settings.classes:
-        raise InputError(f'{args.init_from}: not a fine-tuned checkpoint of this project, which would name the classes')
+        raise InputError(f'{args.init_from}: not a fine-tuned checkpoint of this project; it names no classes')
     model = create_encoder(settings.sizes, 'avg')
     give_head(model, len(settings.classes))
     weights.load_weights(model, args.init_from, complete=True)

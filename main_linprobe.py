@@ -31,7 +31,7 @@ def get_parser():
     parser.set_defaults(blr=0.1, weight_decay=0.0, epochs=90)
     add = parser.add_argument_group('probing').add_argument
     add('--momentum', type=number(float, 0, 1), default=0.9, help='of LARS')
-    add('--crop_pct', type=number(float, 0.01, 1), help='share of a test image that is seen (default: 0.875)')
+    add('--crop_pct', type=number(float, 0.01, 1), help='crop of a test image over its resized side (default: 0.875)')
     add('--eval', action='store_true', help='only evaluate the probe of --init_from')
     add('--knn', type=number(int, 1), metavar='K', help='only classify by the K nearest training images')
     add('--logistic', action='store_true', help='only fit a logistic regression on the features of the training images')
@@ -99,7 +99,7 @@ def main(args):
 
 
 def create_lars(head, lr, momentum, weight_decay=0.0):
-    """LARS that adapts the rate of the weight, though it does not decay, but not that of the bias, as MAE's does."""
+    """LARS as in MAE: it adapts the learning rate of the weight, also without decay, but not that of the bias."""
     groups = [{'params': [head.weight], 'always_adapt': True}, {'params': [head.bias]}]
     return Lars(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
@@ -152,7 +152,7 @@ def write_features(args, encoder, settings):
     if distributed.world()[1] > 1:
         raise InputError('--features runs in one process; start it without torchrun')
     if not args.features.endswith('.npz') or not os.path.isdir(os.path.dirname(args.features) or '.'):
-        raise InputError(f'--features {args.features}: not a name that ends in .npz, in a folder that is there')
+        raise InputError(f'--features {args.features}: must end in .npz and lie in an existing folder')
     parts = [source for source in sources.open_sources(args, settings.sizes) if source is not None]
     origin = engine.initial_weights(args, encoder, settings)
     device = distributed.start(distributed.choose_device(args.device), join=False)

@@ -1,7 +1,7 @@
 """Pre-train a masked autoencoder with multi-level feature fusion.
 
     python main_pretrain.py @recipes/demo_pretrain.txt                             # no data, no GPU, two minutes
-    python main_pretrain.py @recipes/small_pretrain.txt --data_path IMAGES         # some hundred images or more
+    python main_pretrain.py @recipes/small_pretrain.txt --data_path IMAGES         # a few hundred images or more
     torchrun --nproc_per_node=8 main_pretrain.py @recipes/vit_base_300e_pretrain.txt --data_path IMAGENET
 
 The same command resumes an interrupted run from its last checkpoint. Later flags win over earlier ones and over the
@@ -99,7 +99,7 @@ def main(args):
     title = f'Pre-training, fusing blocks {list(model.fuse_layers)}; {origin}'
     engine.train(state, model, optimizer, loss_fn, loader, events, title)
     if state.rank == 0:
-        done = 'Training was complete before' if state.start == schedule.total_steps else 'Done'
+        done = 'Training was already complete' if state.start == schedule.total_steps else 'Done'
         last = f'{args.output_dir}/{checkpoint.LAST}'
         flags = f'--data_path {args.data_path} --init_from {last}'
         if args.val_path:

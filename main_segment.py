@@ -1,8 +1,8 @@
 """Train a pre-trained encoder for semantic segmentation, evaluate a segmenter, or segment images.
 
-    python main_segment.py @recipes/vit_base_segment.txt --data_path ADE20K --init_from CHECKPOINT
-    python main_segment.py --eval --init_from output/vit_base_segment/checkpoint-best.pth --data_path ADE20K
-    python main_segment.py --predict IMAGE ... --init_from output/vit_base_segment/checkpoint-best.pth
+    python main_segment.py @recipes/vit_base_segment.txt --data_path ADEChallengeData2016 --init_from CHECKPOINT
+    python main_segment.py --eval --data_path ADEChallengeData2016 --init_from CHECKPOINT
+    python main_segment.py --predict IMAGE ... --init_from CHECKPOINT
 
 The model is UperNet (models_upernet.py); --data_path holds images/ and masks/ (docs/segmentation.md). Resuming,
 processes and recipes are as in main_pretrain.py.
@@ -46,15 +46,15 @@ def get_parser():
     add('--levels', type=number(int, 0), nargs=4, help='blocks whose outputs are used (default: 3 5 7 11 of 12)')
     add('--channels', type=count, help='width of the head (default: that of the encoder)')
     add('--aux_channels', type=count, help='width of the auxiliary head (default: 256, at most --channels)')
-    add('--scale', type=count, nargs=2, metavar=('LONG', 'SHORT'), help='images fit in it (default: 4 crops, 1 crop)')
-    add('--scale_range', type=number(float, 0.1, 10), nargs=2, default=[0.5, 2.0], help='of training')
+    add('--scale', type=count, nargs=2, metavar=('LONG', 'SHORT'), help='of images (default: 4 and 1 times the crop)')
+    add('--scale_range', type=number(float, 0.1, 10), nargs=2, default=[0.5, 2.0], help='random factors of --scale')
     add('--num_classes', type=number(int, 2, 255), help='where no classes.txt names the classes')
     add('--reduce_zero_label', action=argparse.BooleanOptionalAction, help='ignore 0 in masks; 1 is the first class')
-    add('--ignore_label', type=number(int, 0, 255), help='number in masks that counts for nothing (default: 255)')
+    add('--ignore_label', type=number(int, 0, 255), help='number in masks to ignore (default: 255)')
     add('--total_steps', type=count, help='length of the training, instead of --epochs')
     add('--warmup_steps', type=number(int, 0), help='instead of --warmup_epochs')
-    add('--layer_decay', type=number(float, 0, 1), default=0.65, help='rate of a block over the next')
-    add('--drop_path', type=number(float, 0, 0.99), default=0.1, help='at the last block')
+    add('--layer_decay', type=number(float, 0, 1), default=0.65, help='rate of a block divided by that of the next')
+    add('--drop_path', type=number(float, 0, 0.99), default=0.1, help='stochastic depth: rate of the last block')
     add('--classifier_std', type=number(float, 0), default=0.01, help="of the classifiers' first weights")
     add('--grad_checkpointing', action='store_true', help='less memory: activations are computed twice')
     add = parser.add_argument_group('evaluation and prediction').add_argument
@@ -232,7 +232,7 @@ def predict(args):
     settings, _, window = settle(args)
     if not settings.classes:
         raise InputError(
-            f'{args.init_from}: no segmenter; --predict needs what main_segment.py or mmsegmentation trained'
+            f'{args.init_from}: not a segmenter; --predict needs one trained by main_segment.py or mmsegmentation'
         )
     with as_input_error():
         model = UperNet(**settings.sizes, num_classes=len(settings.classes))

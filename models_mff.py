@@ -17,7 +17,7 @@ A masked autoencoder (MAE) whose decoder sees several encoder blocks instead of 
                                                         |
                           mask tokens ->  decoder -> pixels of the hidden patches
 
-w starts as ones, so every level starts with weight 1/K. Lines marked "# MFF" are all that MAE does not have; with
+w starts as ones, so every level starts with weight 1/K. Lines marked "# MFF" are what MFF adds to MAE; with
 K = 1 none of them has an effect, and the model is exactly MAE. Downstream the fusion is dropped: the encoder has the
 parameter names of timm's VisionTransformer, so its weights load there unchanged.
 
@@ -51,7 +51,7 @@ class MaskedAutoencoderMFF(nn.Module):
         norm_pix_loss: standardise each target patch by its own mean and variance.
 
     Raises:
-        ValueError: if sizes do not divide, or fuse_layers is no such choice.
+        ValueError: if sizes do not divide, or fuse_layers is not a valid choice.
     """
 
     def __init__(
@@ -230,7 +230,7 @@ class MaskedAutoencoderMFF(nn.Module):
 
     @torch.no_grad()
     def forward_features(self, imgs):
-        """imgs (N, C, H, W) -> (N, 1+L, D): what downstream work sees, nothing masked and nothing fused; as timm's."""
+        """imgs (N, C, H, W) -> (N, 1+L, D), without gradients: nothing masked, nothing fused, as timm's encoder."""
         x = self.patch_embed(imgs) + self.pos_embed[:, 1:]  # (N, L, D)
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)  # (N, 1+L, D)
         for block in self.blocks:

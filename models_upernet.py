@@ -48,7 +48,7 @@ class UperNet(nn.Module):
             16 channels, from telling classes apart for hundreds of steps; 0.1 does not.
 
     Raises:
-        ValueError: if sizes do not divide, or levels is no such choice.
+        ValueError: if sizes do not divide, or levels is not a valid choice.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
     python -m benchmarks.ablation @recipes/ablation_demo.txt                              # ten minutes on two cores
     python -m benchmarks.ablation @recipes/ablation_cifar10_cpu.txt --data_path CIFAR10   # hours on two cores
     python -m benchmarks.ablation @recipes/ablation_gpu.txt --data_path CIFAR10           # one GPU
-    python -m benchmarks.ablation_report results/ablation_demo                            # the report alone
+    python -m benchmarks.ablation_report results/demo                                     # the report alone
 
 A run is a variant with a seed. main_pretrain.py trains it and logs its curves, main_linprobe.py classifies all
 validation images by its features, with --measure_every also at checkpoints on the way, main_finetune.py fine-tunes it

@@ -35,7 +35,7 @@ def get_parser():
     add('--steps', type=count, help='timed optimiser steps of a round, after two that are not (default: 20 or 2)')
     add('--rounds', type=count, default=5, help='turns of each count')
     add('--device', default='auto', help='cuda or cpu (default: the first of them that is there)')
-    add('--amp', choices=['auto', 'bf16', 'fp16', 'none'], default='auto', help='as of main_pretrain.py')
+    add('--amp', choices=['auto', 'bf16', 'fp16', 'none'], default='auto', help='as in main_pretrain.py')
     add('--compile', action='store_true', help='torch.compile the model')
     add('--threads', type=count, default=1, help='CPU threads of a process')
     add('--out', help='write OUT.md and OUT.json')

@@ -47,7 +47,7 @@ def get_parser():
     add('--steps', type=count, help='timed steps of a round, after one that is not (default: 20 on a GPU, else 2)')
     add('--rounds', type=count, default=5, help='turns of each variant')
     add('--device', default='auto', help='cuda or cpu (default: the first of them that is there)')
-    add('--amp', choices=['auto', 'bf16', 'fp16', 'none'], default='auto', help='as of main_pretrain.py')
+    add('--amp', choices=['auto', 'bf16', 'fp16', 'none'], default='auto', help='as in main_pretrain.py')
     add('--profile', action='store_true', help='only list the operators of a step of the first variant')
     add('--out', help='write OUT.md and OUT.json')
     return parser

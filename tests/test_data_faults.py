@@ -39,7 +39,7 @@ FAULTS = {
     'truncated.jpg': (jpeg()[:-700], 'truncated'),
     'header_only.jpg': (jpeg()[:200], ''),
     'empty.png': (b'', 'empty'),
-    'text.jpg': (b'404 Not Found\n', 'no image of a known format'),
+    'text.jpg': (b'404 Not Found\n', 'not an image of a known format'),
     'flipped.png': (png_that_claims(8, 8), ''),
     'bomb.png': (png_that_claims(30_000, 30_000), 'decompression bomb'),
     'narrow.png': (png_that_claims(1, 2_000), '1 x 2000 pixels are too long and narrow'),

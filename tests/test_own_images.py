@@ -104,7 +104,7 @@ def test_predictions_of_a_folder_with_a_bad_image(images, finetuned, tmp_path, c
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line['image'] for line in lines] == [str(tmp_path / '0.png'), str(tmp_path / '1.png')]
     assert all(len(line['classes']) == 5 and set(line['classes']) <= set(sources.Shapes.classes) for line in lines)
-    assert stopped.value.code == 1 and err == f'{tmp_path / "00.png"}: no image of a known format\n'
+    assert stopped.value.code == 1 and err == f'{tmp_path / "00.png"}: not an image of a known format\n'
 
 
 def test_features_belong_to_their_names(images, pretrained, tmp_path):
@@ -172,7 +172,7 @@ def test_disk_is_that_of_the_files(classes, checkpoints):
         ('pretrain', ['recipes/demo_pretrain.txt'], 'a recipe has an @ before its name: @recipes/demo_pretrain.txt'),
         ('finetune', ['--data_path', '{images}'], 'hold some out with --val_share 0.1'),
         ('finetune', ['--data_path', '{images}', '--init_from', '{run}'], 'such as {run}/checkpoint-last.pth'),
-        ('linprobe', ['--data_path', '{images}', '--features', 'out'], '--features out: not a name that ends in .npz'),
+        ('linprobe', ['--data_path', '{images}', '--features', 'out'], '--features out: must end in .npz'),
         ('finetune', ['--eval', '--data_path', '{renamed}', '--init_from', '{best}'], 'squares only in'),
     ],
 )  # fmt: skip
@@ -192,7 +192,7 @@ def test_a_mistake_gets_one_line(job, flags, message, images, pretrained, finetu
 def test_evaluation_on_training_images_says_so(images, finetuned, capsys):
     flags = ['--eval', '--data_path', images, '--init_from', finetuned.output_dir / 'checkpoint-best.pth']
     start('finetune', *flags, '--num_workers', '0')
-    assert 'Most of these images were trained on; --val_share 0.1 takes the others' in capsys.readouterr().out
+    assert 'Most of these images were trained on; --val_share 0.1 evaluates the others' in capsys.readouterr().out
     start('finetune', *flags, '--num_workers', '0', '--val_share', '0.1')
     out = capsys.readouterr().out
     assert 'trained on' not in out and 'on 10 images' in out
@@ -215,4 +215,4 @@ def test_time_to_go_is_that_of_the_steps(tmp_path, monkeypatch, capsys):
         record.advance()
     record.close()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith('ETA ?') and lines[1].startswith('about 03:20 to go')  # 100 steps of two seconds
+    assert lines[0].endswith('ETA ?') and lines[1].startswith('about 03:20 left')  # 100 steps of two seconds

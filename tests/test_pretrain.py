@@ -96,7 +96,7 @@ def test_resumed_from_a_device_without_fused_kernels(pretrain):
 
 @pytest.mark.parametrize(
     'agreed, message',
-    [([], 'the step of the checkpoint to resume; is --output_dir shared?: [0, 1]'), ([0], 'images: [64, 65]')],
+    [([], 'the step of the checkpoint to resume (is --output_dir shared?): [0, 1]'), ([0], 'images: [64, 65]')],
 )
 def test_processes_must_agree(agreed, message, pretrain, monkeypatch, capsys):
     """On the step, and on the number of images: the other process has one more."""
@@ -110,7 +110,7 @@ def test_complete_run_has_nothing_to_do(pretrain, capsys):
     first = pretrain('run')
     before = first.checkpoint
     pretrain('run')
-    assert 'complete before' in capsys.readouterr().out
+    assert 'already complete' in capsys.readouterr().out
     assert first.checkpoint['step'] == before['step'] and len(first.losses) == 12
 
 

@@ -156,7 +156,7 @@ def test_bad_images_are_left_out_and_listed(folder, resized, tmp_path, capsys):
     for _ in range(2):
         copy = resized(tmp_path / 'src', '--max_bad', '0.1')
         listed = (copy / 'bad_images.txt').read_text()
-        assert listed == ''.join(f'{path}\tno image of a known format\n' for path in bad)
+        assert listed == ''.join(f'{path}\tnot an image of a known format\n' for path in bad)
         assert len(open_source(str(copy), 'train')) == 60
     assert 'Left out, as they cannot be read: 4 (see ' in capsys.readouterr().out
 

@@ -189,7 +189,7 @@ def test_mistakes_with_pictures_get_one_line(pretrain, folder, tmp_path, capsys)
     missing, empty = str(tmp_path / 'missing/picture.png'), str(tmp_path / 'empty')
     Path(empty).mkdir()
     for flags, message in [
-        (['reconstruct', mff, '--images', image, '--no-norm_pix_loss'], 'says itself'),
+        (['reconstruct', mff, '--images', image, '--no-norm_pix_loss'], 'records how'),
         (['reconstruct', mff, '--images', image, '--seed', str(2**64)], '--seed'),
         (['reconstruct', mff, '--images', empty], f'no image in {empty}'),
         (['spectrum', mff, '--images', missing], f'{missing}: No such file'),

@@ -174,7 +174,7 @@ def test_facebookresearch_mae(tmp_path):
         for legacy, around in ((False, extra), (True, {'epoch': 799})):
             read, origin = read_weights(saved(tmp_path / 'a.pth', {'model': model, **around}, legacy=legacy))
             assert same(read, model) and origin == expected
-    with pytest.raises(InputError, match=r'calls argparse\.Namespace.*no zip'):
+    with pytest.raises(InputError, match=r'calls argparse\.Namespace.*not a zip'):
         read_weights(saved(tmp_path / 'a.pth', {'model': state, **rest}, legacy=True))
     probe = {f'head.{name}': tensor for name, tensor in batch_norm_and_linear().state_dict().items()}
     read, origin = read_weights(saved(tmp_path / 'a.pth', {'model': encoder_of(state) | probe, **rest}))
@@ -306,7 +306,7 @@ def test_other_files(tmp_path):
         read_weights(tmp_path)
     with pytest.raises(InputError, match='it holds a list'):
         read_weights(saved(tmp_path / 'a.pth', [1, 2]))
-    with pytest.raises(InputError, match=r'no weights of a ViT .*it holds conv\.weight'):
+    with pytest.raises(InputError, match=r'not the weights of a known ViT .*holds conv\.weight'):
         read_weights(saved(tmp_path / 'a.pth', {'state_dict': {'conv.weight': torch.zeros(1)}}))
     path = saved(tmp_path / 'a.pth', {'model': mae().state_dict()})
     damaged = bytearray(path.read_bytes())
@@ -393,7 +393,7 @@ def test_never_a_partial_load():
         (without('norm.bias'), r'lacks norm\.bias$'),
         (without('decoder_pred.bias'), r'lacks decoder_pred\.bias$'),
         (without('fuse_projs.0.weight'), r'lacks fuse_projs\.0\.weight'),
-        ({**source, 'blocks.0.ls1.gamma': torch.ones(24)}, r'has not: blocks\.0\.ls1\.gamma$'),
+        ({**source, 'blocks.0.ls1.gamma': torch.ones(24)}, r'lacks: blocks\.0\.ls1\.gamma$'),
         ({**source, 'mask_token': torch.ones(1, 1, 8)}, r'mask_token \(\(1, 1, 8\) there, \(1, 1, 16\) here\)'),
         ({**source, 'norm.bias': 3}, r'norm\.bias is not a tensor'),
         (mae(patch_size=16).state_dict(), 'patch size 16, but the model has .* patch size 8; without --model'),
@@ -424,7 +424,7 @@ def test_position_embedding_is_resampled():
 def test_rectangular_source():
     source = mae(img_size=(16, 72)).state_dict()  # 2 x 9 patches
     model = vit(img_size=(72, 16))
-    with pytest.raises(InputError, match='18 patches, is of an unknown rectangle'):
+    with pytest.raises(InputError, match='18 patches, belongs to an unknown rectangle'):
         load(model, source)
     line = load(model, {'model': source, 'args': {'input_size': [16, 72]}, 'step': 1})
     assert line.endswith('resampled from 2 x 9 to 9 x 2')
@@ -473,7 +473,7 @@ def test_square_of_as_many_patches_as_a_rectangle():
         ('norm.bias', lambda t: 0 * t / 0, 'norm.bias holds numbers that are not finite'),
         ('norm.bias', lambda t: 'abc', 'norm.bias is not a tensor'),
         ('fuse_logits', lambda t: 'abc', 'fuse_logits is not a tensor'),
-        ('blocks.x.y', lambda t: torch.ones(1), r'it has what this model has not: blocks\.x\.y'),
+        ('blocks.x.y', lambda t: torch.ones(1), r'it has what this model lacks: blocks\.x\.y'),
     ],
 )
 def test_tensors_that_are_no_weights(name, change, message, tmp_path):
@@ -490,7 +490,7 @@ def test_tensors_that_are_no_weights(name, change, message, tmp_path):
     'change, message',
     [
         ({'args': {'input_size': ['a', 'b']}}, r"it records img_size \['a', 'b'\], which is not possible"),
-        ({'args': {'input_size': [32, 48]}}, '16 patches, is of an unknown rectangle'),
+        ({'args': {'input_size': [32, 48]}}, '16 patches, belongs to an unknown rectangle'),
         ({'args': {'input_size': None, 'model': 'vit_nano_patch4', 'fuse_layers': 5}}, 'unknown|block|not possible'),
         ({'sizes': {'num_heads': 0}}, 'it records num_heads 0'),
         (
@@ -503,7 +503,7 @@ def test_tensors_that_are_no_weights(name, change, message, tmp_path):
         ({'std': torch.ones(3)}, 'it records std'),
         ({'args': {'input_size': None, 'mask_ratio': 1}}, 'it records mask_ratio 1'),
         ({'args': {'input_size': None, 'crop_pct': 0}}, 'it records crop_pct 0'),
-        ({'classes': [1, 2]}, 'classes are no list of names'),
+        ({'classes': [1, 2]}, 'classes are not a list of names'),
     ],
 )
 def test_records_that_are_not_possible(change, message, tmp_path):

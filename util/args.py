@@ -1,4 +1,4 @@
-"""Argument files, the flags that every job has, and the one line that a user's mistake gets."""
+"""Argument files, the flags that every job has, and one-line error messages."""
 
 import argparse
 import difflib
@@ -96,8 +96,8 @@ def run(main, parser, argv=None):
 def leave(code):
     """Exit, at once where Python's clean-up could hang or abort.
 
-    A loader waits in it for a lock that a killed worker may hold; a thread of gloo that still lets go of a tensor needs
-    the GIL, is refused it, and aborts the process.
+    It could wait for ever for a lock that a killed loader worker holds, or abort when a thread of gloo needs the GIL to
+    free a tensor.
     """
     workers = multiprocessing.active_children()
     if not workers and not distributed.joined:
@@ -175,7 +175,7 @@ def add_model_arguments(parser, models, decoder=False):
         add('--decoder_embed_dim', type=count, help='width of the decoder')
         add('--decoder_depth', type=count, help='blocks of the decoder')
         add('--decoder_num_heads', type=count, help='attention heads of the decoder')
-        add('--fuse_layers', type=number(int, 0), nargs='+', help='fused blocks, from 0; only the last: plain MAE')
+        add('--fuse_layers', type=number(int, 0), nargs='+', help='fused blocks from 0; the last alone: plain MAE')
 
 
 def add_common_arguments(parser, betas=None):
@@ -187,18 +187,18 @@ def add_common_arguments(parser, betas=None):
     add('--val_path', help='validation images, where they are not the val/ or test/ of --data_path')
     add('--val_share', type=number(float, 0, 0.9), default=0.0, metavar='SHARE', help='held out, if there are none')
     add('--download_dir', default='data', help='for torch/NAME data sets and indices of tar files')
-    add('--background', type=colour, nargs=3, metavar=('R', 'G', 'B'), default=[255] * 3, help='colour behind images')
-    add('--max_bad', type=share, default=0.01, metavar='SHARE', help='of images that may be unreadable')
+    add('--background', type=colour, nargs=3, metavar=('R', 'G', 'B'), default=[255] * 3, help='behind transparency')
+    add('--max_bad', type=share, default=0.01, metavar='SHARE', help='share of the images that may be unreadable')
     add('--num_workers', type=number(int, 0), help='loader processes per training process (default: by CPU cores)')
 
     add = parser.add_argument_group('weights').add_argument
-    add('--init_from', help="weights to start from, .pth or .safetensors: this project's, mmpretrain's, MAE's, timm's")
+    add('--init_from', help="start from .pth or .safetensors: ours, mmpretrain's, mmsegmentation's, MAE's, timm's")
 
     add = parser.add_argument_group('optimisation').add_argument
-    add('--total_batch_size', type=count, help='images per step on all devices (default: of MAE, less for few images)')
+    add('--total_batch_size', type=count, help='images per step, all devices (default: as published, less for few)')
     add('--batch_size', type=count, help='most images on a device at a time; the rest is accumulated (default: all)')
     add('--epochs', type=count, default=300, help='passes over the images')
-    add('--warmup_epochs', type=rate, help='(default: a tenth of the epochs)')
+    add('--warmup_epochs', type=rate, help='epochs of linear warm-up (default: a tenth of the epochs)')
     add('--blr', type=rate, default=1.5e-4, help='learning rate per 256 images of the total batch')
     add('--lr', type=rate, help='learning rate; overrides --blr')
     add('--min_lr', type=rate, default=0.0, help='learning rate at the end')
@@ -213,9 +213,9 @@ def add_common_arguments(parser, betas=None):
     add('--force_resume', action='store_true', help='resume even with flags that change the training')
     add('--seed', type=number(int, 0, 2**63 - 1), default=0, help='of all random numbers')
     add('--device', default='auto', help='cuda, mps or cpu (default: the first of them that this machine has)')
-    add('--amp', choices=['auto', 'bf16', 'fp16', 'none'], default='auto', help='auto: bf16, else fp16; none on a CPU')
+    add('--amp', choices=['auto', 'bf16', 'fp16', 'none'], default='auto', help='auto: bf16 or fp16 on CUDA, else none')
     add('--compile', action=argparse.BooleanOptionalAction, default=False, help='torch.compile the model')
-    add('--save_every', type=save_interval, default='10min', metavar='N|Nmin|Nep', help='steps, minutes or epochs')
+    add('--save_every', type=save_interval, default='10min', metavar='N|Nmin|Nep', help='N: steps; or minutes, epochs')
     add('--keep_every', type=count, metavar='EPOCHS', help='keep a copy of the checkpoint every so many epochs')
     add('--log_every', type=count, default=20, metavar='STEPS', help='steps between log lines')
     add('--eval_every', type=count, default=1, metavar='EPOCHS', help='epochs between evaluations')

@@ -94,9 +94,9 @@ class Saver:
         return bool(self.run.args.keep_every) and rest == 0 and epochs % self.run.args.keep_every == 0
 
     def save(self, step, best=False, required=False):
-        """Write checkpoint-last.pth, and first the copies that stay: a kill between them leaves none out on resuming.
+        """Write the copies that are kept, then checkpoint-last.pth: killed in between, a resumed run writes them again.
 
-        required: nothing comes after this. RunError if it cannot be saved.
+        required: the last save of a run; RunError if it fails.
         """
         if self.run.rank != 0:
             return
@@ -124,9 +124,9 @@ class Saver:
             self.failed = False
         except (OSError, RuntimeError) as error:
             self.failed, reason = True, getattr(error, 'strerror', error)
-            message = f'step {step}: cannot save in {run.args.output_dir} ({reason}); the last checkpoint stays'
+            message = f'step {step}: cannot save in {run.args.output_dir} ({reason}); the last checkpoint is kept'
             if required:
-                raise RunError(f'{message}; make room, and the same command resumes from it') from None
+                raise RunError(f'{message}; free some space, and the same command resumes from it') from None
             self.say(message)
 
 
@@ -243,7 +243,7 @@ def check_same_run(state, args, model, record):
             changes.append(f'{state[name]} -> {record[name]} {meaning}')
     if changes and not args.force_resume:
         raise InputError(
-            f'this run was started differently: {", ".join(changes)}; use what it was started with, another '
+            f'this run was started with other settings: {", ".join(changes)}; use those it was started with, another '
             '--output_dir, or --force_resume'
         )
 

@@ -64,7 +64,7 @@ def start(name, join=True):
         # Restarted processes would find the addresses of those before them (github.com/pytorch/pytorch/issues/135712).
         raise InputError(
             'torchrun --max_restarts fails at the restart unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is set for '
-            'torchrun, and with static rendezvous always; use --rdzv_backend=c10d or --standalone'
+            'torchrun, and rendezvous is by --rdzv_backend=c10d or --standalone'
         )
     if join and world()[1] > 1:
         join_group(name)
@@ -76,8 +76,8 @@ def start(name, join=True):
     return device
 
 
-# The process group stays until the process ends. With DistributedDataParallel it would go while that holds the GIL,
-# which gloo's threads may still need to let go of the last tensors they summed: torch 2.11 would wait for ever.
+# Process groups, kept until the process ends: DistributedDataParallel would destroy one while it holds the GIL, which
+# gloo's threads may still need to free their last tensors, and torch 2.11 would wait for ever.
 joined = []
 
 

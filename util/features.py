@@ -104,8 +104,8 @@ def largest(parts, k):
 def logistic_accuracy(train, val, device='cpu'):
     """{feature: top-1 in percent} of val by logistic regression on train, both as extract gives them.
 
-    The penalty is the one of PENALTIES with the lowest loss on training images that are held out, a fixed choice of
-    them; from the largest on, until the loss rises. It is then fitted to all training images.
+    The penalty is chosen on a fixed held-out part of the training images: from the largest of PENALTIES down, until the
+    loss rises. The model is then fitted to all training images.
     """
     (train, train_labels), (val, val_labels) = train, val
     device = 'cpu' if torch.device(device).type == 'mps' else device  # which has no float64

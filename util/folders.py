@@ -233,7 +233,7 @@ def open_list(path, options):
         raise InputError(f'{path}: {error.strerror}') from None
     names = [line for line in lines if line and line[0] != '#']
     if not names:
-        raise InputError(f'{path}: not a folder, and not a text file that lists images, one a line')
+        raise InputError(f'{path}: not a folder, and not a text file that lists images, one per line')
     names, class_names = zip(*(line.partition('\t')[::2] for line in names))
     names = [os.fsencode(name) for name in names]
     return ImageFiles(os.path.dirname(path), names, options, class_names if all(class_names) else [])

@@ -64,7 +64,7 @@ def decode_image(content, path, in_chans=3, background=WHITE):
                 return torch.from_numpy(pixels).permute(2, 0, 1)  # (C, H, W)
         return pil_to_tensor(image, in_chans, background)
     except UnidentifiedImageError:
-        raise ValueError(f'{path}: no image of a known format') from None
+        raise ValueError(f'{path}: not an image of a known format') from None
     except Exception as error:  # decoders raise many kinds of error for a damaged file
         raise ValueError(f'{path}: {" ".join(str(error).split())}') from None
 
@@ -96,7 +96,7 @@ def to_8_bits(image):
     pixels = np.asarray(image, dtype=np.float32)
     check_finite(pixels)
     if image.mode == 'F' and 0 < pixels.max() <= 1:
-        raise ValueError('floating-point pixels of 0..1, where files have 0..255; store them as .npy')
+        raise ValueError('floating-point pixels in 0..1 are read from .npy files only')
     scaled = pixels if image.mode == 'F' else pixels / 257
     result = Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
     transparent = image.info.get('transparency')  # the value of the pixels that a 16-bit PNG declares transparent

@@ -1,4 +1,4 @@
-"""The tensors of a file, fitted to a model and loaded: all of them, or saying what is left out and what stays fresh."""
+"""Fit the tensors of a file to a model and load them, saying what is left out and what is freshly initialised."""
 
 import math
 import re
@@ -89,7 +89,7 @@ def check_size(weights, ours):
         f'width {sides["D"]}, depth {sides["depth"]} and patch size {sides["p"]}' for sides in (weights.sides, ours)
     )
     if theirs != ours:
-        hint = 'without --model and sizes, it follows the file'
+        hint = 'without --model and flags of sizes, the model follows the file'
         raise InputError(f'{weights.path}: a ViT of {theirs}, but the model has {ours}; {hint}')
 
 
@@ -129,7 +129,7 @@ def check_names(weights, taken, wanted):
     reshaped = [name for name in wanted if name in taken and taken[name].shape != wanted[name].shape]
     for problem, names in (
         ('lacks', [name for name in wanted if name not in taken]),
-        ('has what this model has not:', [name for name in taken if name not in wanted]),
+        ('has what this model lacks:', [name for name in taken if name not in wanted]),
         ('differs in shape:', reshaped),
     ):
         if not names:

@@ -70,7 +70,7 @@ class Log:
             return
         self.bar.update()
         if self.bar.disable and self.steps_done == self.start_step + 5 < self.total_steps:
-            self.say(f'about {self.eta()} to go, as far as 5 steps can tell')
+            self.say(f'about {self.eta()} left, estimated from 5 steps')
 
     def eta(self):
         """The time that is left, as text, at the pace of this run after its first step."""

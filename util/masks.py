@@ -123,7 +123,7 @@ def read_mask(files, number):
             )
         return np.array(image).astype(np.uint8)
     except UnidentifiedImageError:
-        raise ValueError(f'{path}: no image of a known format') from None
+        raise ValueError(f'{path}: not an image of a known format') from None
     except Exception as error:  # decoders raise many kinds of error for a damaged file
         raise ValueError(f'{path}: {" ".join(str(error).split())}') from None
 
@@ -146,7 +146,7 @@ def open_pairs(args, sizes, labels, only_val=False):
             'with --val_path, or hold some out with --val_share 0.1'
         )
     if train is not None and train.classes != val.classes:
-        raise InputError(f'{args.data_path} and {args.val_path} have other classes')
+        raise InputError(f'{args.data_path} and {args.val_path} have different classes')
     return train, val
 
 
@@ -176,8 +176,8 @@ def open_source(path, split, options, labels):
             tried = [np.unique(read_mask(files, number)) for number in masks[:16]]
         numbers = ' '.join(map(str, np.unique(np.concatenate(tried)).tolist()))
         raise InputError(
-            f'{path}: which classes? Name them in {path}/classes.txt, one on each line, or count them: --num_classes N '
-            f'(its first masks hold {numbers})'
+            f'{path}: which classes? Name them in {path}/classes.txt, one per line, or give their number: '
+            f'--num_classes N (the first masks hold {numbers})'
         )
     if len(classes) < 2:
         raise InputError(f'{path}: one class only, {classes[0]}; a mask needs at least two, such as the background')

@@ -71,7 +71,7 @@ def check_tensors(state):
         elif name.endswith('.num_batches_tracked') and tensor.dtype == torch.int64:
             continue
         elif tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            problem = f'holds numbers of type {str(tensor.dtype).removeprefix("torch.")}, which are no weights'
+            problem = f'holds numbers of type {str(tensor.dtype).removeprefix("torch.")}, which cannot be weights'
         elif not tensor.isfinite().all():
             problem = 'holds numbers that are not finite (NaN or infinity)'
         else:
@@ -142,7 +142,7 @@ def find_grid(weights):
         rows, columns = [math.isqrt(num_patches)] * 2
     if not rows * columns == num_patches > 0:
         raise InputError(
-            f'{weights.path}: its position embedding, of {num_patches} patches, is of an unknown rectangle'
+            f'{weights.path}: its position embedding, of {num_patches} patches, belongs to an unknown rectangle'
         )
     return rows, columns
 

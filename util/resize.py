@@ -39,7 +39,7 @@ def get_parser():
     add('--lossless', action='store_true', help='BMP: larger than JPEG, faster to read than PNG or WebP')
     add('--in_chans', type=count, default=3, help='channels; arrays of other than 1 or 3 stay .npy (default: 3)')
     add('--background', type=number(int, 0, 255), nargs=3, default=list(WHITE), help='R G B behind transparent images')
-    add('--max_bad', type=number(float, 0, 1), default=0.01, metavar='SHARE', help='as of main_pretrain.py')
+    add('--max_bad', type=number(float, 0, 1), default=0.01, metavar='SHARE', help='as in main_pretrain.py')
     add('--num_workers', type=number(int, 0), help='processes (default: the CPU cores, at most 16)')
     return parser
 

@@ -101,7 +101,9 @@ def open_source(path, split='train', options=DEFAULTS):
     elif os.path.isdir(path):
         source = open_folder(path, split, options)
     elif path.lower().endswith(tar.COMPRESSED):
-        raise InputError(f'{path}: images inside a compressed tar cannot be read in place; unpack it, to .tar at least')
+        raise InputError(
+            f'{path}: images inside a compressed tar cannot be read in place; decompress it to .tar, or unpack it'
+        )
     elif path.lower().endswith('.tar') and os.path.isfile(path):
         source = open_tars({path: ''}, path, split, options)
     elif os.path.isfile(path):

@@ -343,7 +343,7 @@ def draw_reconstruction(args):
     model, settings = load_model(path)
     if args.norm_pix_loss is not None:
         if settings.flags.norm_pix_loss not in (None, args.norm_pix_loss):
-            raise InputError(f'{path} says itself how its pixels were predicted; leave out --norm_pix_loss')
+            raise InputError(f'{path} records how its pixels were predicted; leave out --norm_pix_loss')
         model.norm_pix_loss = args.norm_pix_loss
     imgs = read_images(args.images, settings, most=8)
     noise = torch.rand(len(imgs), model.patch_embed.num_patches, generator=torch.Generator().manual_seed(args.seed))
@@ -412,12 +412,12 @@ def get_parser():
     add_images(one, 'of the masks')
     one.add_argument('--mask_ratio', type=number(float, 0, 0.999), help='(default: as in training)')
     boolean = argparse.BooleanOptionalAction
-    one.add_argument('--norm_pix_loss', action=boolean, help='for files that do not say it (default: yes)')
+    one.add_argument('--norm_pix_loss', action=boolean, help='for files that do not record it (default: yes)')
     add_figure('curves', lambda args: curves_figure(args.paths), 'losses, accuracies, fusion weights', 'output_dir')
     add_figure('fusion', draw_fusion, 'fusion weights by block')
     one = add_figure('spectrum', draw_spectrum, 'frequency content of the features of each block')
     add_images(one, 'of the random weights')
-    one.add_argument('--random', action='store_true', help='beside them, the first network with random weights')
+    one.add_argument('--random', action='store_true', help='draw the first network with random weights, too')
     return parser
 
 

@@ -66,7 +66,7 @@ def read(path):
     names = {name.removeprefix('encoder.') for name in state}
     if not names.issuperset(['patch_embed.proj.weight', 'cls_token', 'pos_embed', 'blocks.0.attn.qkv.weight']):
         first = ', '.join(list(state)[:3]) or 'nothing'
-        raise InputError(f'{path}: no weights of a ViT that is known here (it holds {first}, ...)')
+        raise InputError(f'{path}: not the weights of a known ViT (it holds {first}, ...)')
     try:
         check_tensors(state)
         sides, records = find_sides(state), find_records(content)
@@ -124,7 +124,7 @@ def settings_of(weights):
         vars(flags).update(without_none(content['args']))
         classes = content.get('classes')
     if classes is not None and (not isinstance(classes, list) or not all(isinstance(name, str) for name in classes)):
-        raise InputError(f'{weights.path}: its classes are no list of names')
+        raise InputError(f'{weights.path}: its classes are not a list of names')
     if classes and len(classes) != sides.get('classes', len(classes)):
         raise InputError(f'{weights.path}: its head has {sides["classes"]} classes, but it names {len(classes)}')
     known = records.keys() | shown.keys()
