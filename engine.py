@@ -7,7 +7,7 @@ counted in optimiser steps; the end of an epoch is an event in the loop.
 import collections
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from timm.utils import accuracy
@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from util import checkpoint, data, distributed, optim, sources, transforms, weights
 from util.errors import INTERRUPTED, InputError
 from util.log import Log, Meter
-from util.optim import Schedule, make_schedule  # noqa: F401 (make_schedule: the mains call it beside start_run)
+from util.optim import Schedule
 
 
 @dataclass
@@ -31,10 +31,10 @@ class Run:
     world_size: int
     autocast: Callable  # () -> context
     scaler: torch.amp.GradScaler
-    start: int = 0  # optimiser steps already done
-    state: dict | None = None  # the checkpoint to resume, until train has restored it
-    lock: object = None  # holds --output_dir
-    record: dict = field(default_factory=dict)  # numbers and strings that every checkpoint holds beside the states
+    start: int  # optimiser steps already done
+    state: dict | None  # the checkpoint to resume, until train has restored it
+    lock: object  # holds --output_dir
+    record: dict  # numbers and strings that every checkpoint holds beside the states
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def start_run(args, schedule, model, settings, classes=None):
         'batch_size': schedule.batch_size,
     }
     if classes:
-        record['classes'] = list(map(str, classes))
+        record['classes'] = classes
     checkpoint.make_output_dir(args.output_dir)
     lock = checkpoint.lock(args.output_dir) if rank == 0 else None
     state, start = checkpoint.find(args.resume, args.output_dir), 0
@@ -179,7 +179,7 @@ def train(run, model, optimizer, loss_fn, loader, events, title=''):
         checkpoint.restore(run.state, model, optimizer, run.scaler)
         run.state = None
     network = distributed.wrap(model, run.device, args.compile)
-    log = Log(args.output_dir, schedule.total_steps, run.start, args, enabled=run.rank == 0)
+    log = Log(run)
     log.say(describe(run, model, title))
     saver = checkpoint.Saver(run, model, optimizer, log.say)
     meter = Meter(run, loader, log.say)
@@ -265,10 +265,13 @@ def optimizer_step(run, step, network, optimizer, loss_fn, batches):
 # --- Evaluation ---------------------------------------------------------------------------------------------------
 
 
-def evaluation_loader(args, device, samples, settings):
-    """This process's share of samples, each once, always drawn as in epoch 0; unreadable images are left out."""
-    keys = data.fixed_batches(len(samples), args.batch_size or 128, *distributed.world())
-    bad = data.BadImages(len(samples), args.max_bad)
+def evaluation_loader(args, device, samples, settings, batch_size=None, output_dir=None):
+    """This process's share of samples, each once, always drawn as in epoch 0; unreadable images are left out.
+
+    output_dir: where these are listed, if anywhere.
+    """
+    keys = data.fixed_batches(len(samples), batch_size or args.batch_size or 128, *distributed.world())
+    bad = data.BadImages(len(samples), args.max_bad, output_dir)
     return data.Loader(samples, keys, device, (settings.mean, settings.std), args.num_workers, bad, leave_out=True)
 
 
@@ -329,7 +332,7 @@ def report_classifier(args, model, source, settings, origin):
     """
     flags, path = vars(settings.flags), args.data_path
     if settings.classes:
-        sources.check_same_classes(settings.classes, list(map(str, source.classes)), 'the checkpoint', path)
+        sources.check_same_classes(settings.classes, source.classes, 'the checkpoint', path)
     if flags.get('val_share') and flags.get('data_path') == path == getattr(source, 'root', None):
         origin += f'\nMost of these images were trained on; --val_share {flags["val_share"]:g} evaluates the others'
     device = distributed.start(distributed.choose_device(args.device))

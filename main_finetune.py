@@ -19,7 +19,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 import engine
 from models_mff import MODELS, create_encoder
 from util import data, distributed, folders, mix, optim, sources, transforms, weights
-from util.args import ArgumentParser, add_common_arguments, add_model_arguments, number, run
+from util.args import ArgumentParser, add_common_arguments, add_model_arguments, number, run_job
 from util.errors import InputError, as_input_error
 
 
@@ -83,27 +83,27 @@ def main(args):
     samples = data.Samples(train_source, augment, seed=args.seed)
 
     # --- Run: output folder, checkpoint to resume, processes, device ----------------------------------------------
-    schedule = engine.make_schedule(args, len(train_source), usual_batch=1024)
+    schedule = optim.make_schedule(args, len(train_source), usual_batch=1024)
     if mixing and schedule.batch_size % 2:
         raise InputError(f'Mixup and CutMix mix pairs of images: --batch_size {schedule.batch_size} must be even')
-    state = engine.start_run(args, schedule, model, settings, val_source.classes)
-    model.to(state.device)
-    loader = engine.training_loader(state, samples, settings)
-    val_loader = engine.classes_loader(args, val_source, settings, state.device)
-    optimizer = optim.create_adamw(args, optim.param_groups(model, args.weight_decay, args.layer_decay), state)
+    run = engine.start_run(args, schedule, model, settings, val_source.classes)
+    model.to(run.device)
+    loader = engine.training_loader(run, samples, settings)
+    val_loader = engine.classes_loader(args, val_source, settings, run.device)
+    optimizer = optim.create_adamw(args, optim.param_groups(model, args.weight_decay, args.layer_decay), run)
 
     # --- Train ----------------------------------------------------------------------------------------------------
     def loss_fn(network, batch, place):
         imgs, labels = batch
         if mixing:
             imgs, labels = mixing(imgs, labels, place)
-        drop_path.draw(len(imgs), place, state.device)
-        with state.autocast():
+        drop_path.draw(len(imgs), place, run.device)
+        with run.autocast():
             logits = network(imgs)
         return criterion(logits.float(), labels)
 
     title = f'Fine-tuning on {len(val_source.classes)} classes; {origin}'
-    engine.train_classifier(state, model, optimizer, loss_fn, loader, val_loader, title)
+    engine.train_classifier(run, model, optimizer, loss_fn, loader, val_loader, title)
 
 
 def give_head(model, num_classes):
@@ -142,4 +142,4 @@ def predict(args):
 
 
 if __name__ == '__main__':
-    run(main, get_parser())
+    run_job(main, get_parser())

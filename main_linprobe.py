@@ -19,8 +19,8 @@ from timm.optim import Lars
 
 import engine
 from models_mff import MODELS, create_encoder
-from util import data, distributed, features, sources, transforms, weights
-from util.args import ArgumentParser, add_common_arguments, add_model_arguments, number, run
+from util import data, distributed, features, optim, sources, transforms, weights
+from util.args import ArgumentParser, add_common_arguments, add_model_arguments, number, run_job
 from util.errors import InputError, as_input_error
 
 
@@ -81,21 +81,21 @@ def main(args):
     samples = data.Samples(train_source, transforms.linprobe_transform(settings.sizes['img_size']), seed=args.seed)
 
     # --- Run: output folder, checkpoint to resume, processes, device ----------------------------------------------
-    schedule = engine.make_schedule(args, len(train_source), usual_batch=16384)
-    state = engine.start_run(args, schedule, model, settings, val_source.classes)
-    model.to(state.device)
-    loader = engine.training_loader(state, samples, settings)
-    val_loader = engine.classes_loader(args, val_source, settings, state.device)
+    schedule = optim.make_schedule(args, len(train_source), usual_batch=16384)
+    run = engine.start_run(args, schedule, model, settings, val_source.classes)
+    model.to(run.device)
+    loader = engine.training_loader(run, samples, settings)
+    val_loader = engine.classes_loader(args, val_source, settings, run.device)
     optimizer = create_lars(model.head, schedule.lr, args.momentum, args.weight_decay)
 
     # --- Train ----------------------------------------------------------------------------------------------------
     def loss_fn(network, batch, place):
         imgs, labels = batch
-        with state.autocast():
+        with run.autocast():
             logits = network(imgs)
         return F.cross_entropy(logits.float(), labels)
 
-    engine.train_classifier(state, model, optimizer, loss_fn, loader, val_loader, f'Linear probe; {origin}')
+    engine.train_classifier(run, model, optimizer, loss_fn, loader, val_loader, f'Linear probe; {origin}')
 
 
 def create_lars(head, lr, momentum, weight_decay=0.0):
@@ -154,6 +154,8 @@ def write_features(args, encoder, settings):
     if not args.features.endswith('.npz') or not os.path.isdir(os.path.dirname(args.features) or '.'):
         raise InputError(f'--features {args.features}: must end in .npz and lie in an existing folder')
     parts = [source for source in sources.open_sources(args, settings.sizes) if source is not None]
+    if len(parts) == 2 and None not in (parts[0].classes, parts[1].classes):
+        sources.check_same_classes(parts[0].classes, parts[1].classes, 'the training images', 'the validation images')
     origin = engine.initial_weights(args, encoder, settings)
     device = distributed.start(distributed.choose_device(args.device), join=False)
     encoder.to(device)
@@ -176,4 +178,4 @@ def write_features(args, encoder, settings):
 
 
 if __name__ == '__main__':
-    run(main, get_parser())
+    run_job(main, get_parser())

@@ -15,7 +15,7 @@ import torch
 import engine
 from models_mff import MODELS, MaskedAutoencoderMFF
 from util import checkpoint, data, features, optim, sources, transforms, variants, visualize, weights
-from util.args import ArgumentParser, add_common_arguments, add_model_arguments, number, run
+from util.args import ArgumentParser, add_common_arguments, add_model_arguments, number, run_job
 from util.errors import InputError, as_input_error
 
 
@@ -56,24 +56,24 @@ def main(args):
     knn_parts = features.small_parts(train_source, val_source) if args.knn_every else ()
 
     # --- Run: output folder, checkpoint to resume, processes, device ----------------------------------------------
-    schedule = engine.make_schedule(args, len(train_source), usual_batch=4096)
-    state = engine.start_run(args, schedule, model, settings)
-    model.to(state.device)
+    schedule = optim.make_schedule(args, len(train_source), usual_batch=4096)
+    run = engine.start_run(args, schedule, model, settings)
+    model.to(run.device)
     statistics = settings.mean, settings.std
-    loader = engine.training_loader(state, samples, settings)
-    optimizer = optim.create_adamw(args, optim.param_groups(model, args.weight_decay), state)
+    loader = engine.training_loader(run, samples, settings)
+    optimizer = optim.create_adamw(args, optim.param_groups(model, args.weight_decay), run)
 
     # --- Train ----------------------------------------------------------------------------------------------------
     def loss_fn(network, batch, place=None):
         imgs, noise = batch
-        with state.autocast():
+        with run.autocast():
             return network(imgs, args.mask_ratio, noise)[0]
 
     def evaluate():
         return engine.evaluate(model, val_loader, lambda model, batch: {'val_loss': loss_fn(model, batch)})
 
     def draw():
-        imgs, noise = examples(val_samples, statistics, state.device)
+        imgs, noise = examples(val_samples, statistics, run.device)
         return {'reconstruction': visualize.reconstruction_figure(model, imgs, statistics, args.mask_ratio, noise)}
 
     def fusion_weights():
@@ -81,14 +81,14 @@ def main(args):
         return {f'fusion/layer_{layer:02d}': value for layer, value in zip(model.fuse_layers, values)}
 
     def neighbours():
-        train, val = (features.extract(model, part_loader, state.autocast) for part_loader in knn_loaders)
-        accuracy = features.neighbour_accuracy(train, val, 20, state.device)
+        train, val = (features.extract(model, part_loader, run.autocast) for part_loader in knn_loaders)
+        accuracy = features.neighbour_accuracy(train, val, 20, run.device)
         return {'val_knn_cls': accuracy['cls token'], 'val_knn_patches': accuracy['mean of patches']}
 
     if val_source:  # always with the same masks
-        val_loader = engine.evaluation_loader(args, state.device, val_samples, settings)
+        val_loader = engine.evaluation_loader(args, run.device, val_samples, settings)
     knn_loaders = [
-        engine.evaluation_loader(args, state.device, data.Samples(part, centre), settings) for part in knn_parts
+        engine.evaluation_loader(args, run.device, data.Samples(part, centre), settings) for part in knn_parts
     ]
     events = engine.Events(
         evaluate=evaluate if val_source else None,
@@ -97,9 +97,9 @@ def main(args):
         neighbours=neighbours if knn_loaders else None,
     )
     title = f'Pre-training, fusing blocks {list(model.fuse_layers)}; {origin}'
-    engine.train(state, model, optimizer, loss_fn, loader, events, title)
-    if state.rank == 0:
-        done = 'Training was already complete' if state.start == schedule.total_steps else 'Done'
+    engine.train(run, model, optimizer, loss_fn, loader, events, title)
+    if run.rank == 0:
+        done = 'Training was already complete' if run.start == schedule.total_steps else 'Done'
         last = f'{args.output_dir}/{checkpoint.LAST}'
         flags = f'--data_path {args.data_path} --init_from {last}'
         if args.val_path:
@@ -125,4 +125,4 @@ def examples(samples, statistics, device, count=8):
 
 
 if __name__ == '__main__':
-    run(main, get_parser())
+    run_job(main, get_parser())

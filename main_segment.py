@@ -20,19 +20,8 @@ from PIL import Image
 import engine
 from models_mff import MODELS
 from models_upernet import UperNet, default_levels
-from util import (
-    checkpoint,
-    distributed,
-    folders,
-    masks,
-    mix,
-    optim,
-    segmentation,
-    transforms,
-    visualize,
-    weights,
-)
-from util.args import ArgumentParser, ImageSize, add_common_arguments, add_model_arguments, number, run
+from util import checkpoint, distributed, folders, masks, mix, optim, segmentation, transforms, visualize, weights
+from util.args import ArgumentParser, ImageSize, add_common_arguments, add_model_arguments, number, run_job
 from util.errors import InputError, as_input_error
 
 
@@ -80,7 +69,7 @@ def main(args):
         model = UperNet(**settings.sizes, **heads, drop_path=args.drop_path)
     model.encoder.set_grad_checkpointing(args.grad_checkpointing)
     origin = engine.initial_weights(args, model, settings, complete=args.eval)
-    val_samples = segmentation.PairSamples(val_source, segmentation.unchanged)
+    val_samples = segmentation.PairSamples(val_source, transform=None)
     if args.eval:
         return report(args, model, val_samples, settings, window, origin)
     augment = transforms.SegmentationTransform(window.size, window.scale, args.scale_range)
@@ -91,17 +80,17 @@ def main(args):
     schedule = make_schedule(args, len(train_source))
     if distributed.choose_device(args.device).startswith('cuda'):
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # over the total batch, on any number of GPUs
-    state = engine.start_run(args, schedule, model, settings, classes)
-    model.to(state.device)
-    loader = engine.training_loader(state, samples, settings)
-    val_loader = segmentation.validation_loader(args, val_samples, settings, state.device)
-    optimizer = optim.create_adamw(args, optim.param_groups(model, args.weight_decay, args.layer_decay), state)
+    run = engine.start_run(args, schedule, model, settings, classes)
+    model.to(run.device)
+    loader = engine.training_loader(run, samples, settings)
+    val_loader = engine.evaluation_loader(args, run.device, val_samples, settings, 1, args.output_dir)  # any size
+    optimizer = optim.create_adamw(args, optim.param_groups(model, args.weight_decay, args.layer_decay), run)
 
     # --- Train ----------------------------------------------------------------------------------------------------
     def loss_fn(network, batch, place):
         imgs, targets = segmentation.fill_padding(*batch)
-        drop_path.draw(len(imgs), place, state.device)
-        with state.autocast():
+        drop_path.draw(len(imgs), place, run.device)
+        with run.autocast():
             logits, aux_logits = network(imgs, resize=False)
         return segmentation.segmentation_loss(logits.float(), aux_logits.float(), targets)
 
@@ -109,21 +98,21 @@ def main(args):
         rows = []
         for index in range(0, len(val_source), -(-len(val_source) // 6)):
             image, mask, _ = val_samples[0, index]
-            predicted = segmentation.segment_image(model, image, settings, window, state.device, state.autocast)
+            predicted = segmentation.segment_image(model, image, settings, window, run.device, run.autocast)
             rows.append((image, mask, predicted))
         return {'segmentation': visualize.segmentation_figure(rows, classes)}
 
     def evaluate():
-        return segmentation.evaluate(model, val_loader, window, classes, state.autocast)
+        return segmentation.evaluate(model, val_loader, window, classes, run.autocast)
 
     events = engine.Events(evaluate=evaluate, best='val_miou', draw=draw)
     title = f'Segmentation into {len(classes)} classes, from blocks {list(settings.sizes["levels"])}; {origin}'
-    if state.world_size > 1 and state.device.type != 'cuda':
+    if run.world_size > 1 and run.device.type != 'cuda':
         title += f'\nBatchNorm averages over the {schedule.batch_size} images of each process alone; only GPUs share it'
-    engine.train(state, model, optimizer, loss_fn, loader, events, title)
-    if state.rank == 0:
+    engine.train(run, model, optimizer, loss_fn, loader, events, title)
+    if run.rank == 0:
         print(
-            f'Best mIoU {state.record["best_miou"]:.2f} %. In {args.output_dir}: {checkpoint.LAST}, {checkpoint.BEST}, '
+            f'Best mIoU {run.record["best_miou"]:.2f} %. In {args.output_dir}: {checkpoint.LAST}, {checkpoint.BEST}, '
             f'segmentation.png, log.jsonl, TensorBoard events\n'
             f'  each class:  python main_segment.py --eval --data_path {args.data_path} --init_from '
             f'{args.output_dir}/{checkpoint.BEST}\n'
@@ -179,12 +168,11 @@ def settle(args):
 
 def make_schedule(args, num_images):
     """The schedule in steps, by --total_steps and --warmup_steps; the rate falls linearly. Raises InputError."""
-    schedule = engine.make_schedule(args, num_images, usual_batch=16)
-    steps = {'total_steps': args.total_steps, 'warmup_steps': args.warmup_steps}
-    if args.total_steps and args.warmup_steps is None and args.warmup_epochs is None:
-        steps['warmup_steps'] = args.total_steps // 10
-    given = {name: value for name, value in steps.items() if value is not None}
-    schedule = dataclasses.replace(schedule, decay='linear', warmup_from=1e-6, **given)
+    schedule = optim.make_schedule(args, num_images, usual_batch=16)
+    total, warmup = args.total_steps or schedule.total_steps, args.warmup_steps
+    if warmup is None:
+        warmup = total // 10 if args.warmup_epochs is None else schedule.warmup_steps
+    schedule = dataclasses.replace(schedule, total_steps=total, warmup_steps=warmup, decay='linear', warmup_from=1e-6)
     if schedule.warmup_steps > schedule.total_steps:
         raise InputError(f'{schedule.warmup_steps} steps of warm-up are more than {schedule.total_steps} in all')
     if schedule.accumulation > 1:
@@ -200,10 +188,11 @@ def make_schedule(args, num_images):
 
 def report(args, model, samples, settings, window, origin):
     """--eval: evaluate, print a table, and add a line to log.jsonl."""
+    checkpoint.make_output_dir(args.output_dir)
     device = distributed.start(distributed.choose_device(args.device))
     autocast, _ = distributed.mixed_precision(args.amp, device)
     classes = samples.source.classes
-    loader = segmentation.validation_loader(args, samples, settings, device)
+    loader = engine.evaluation_loader(args, device, samples, settings, 1, args.output_dir)  # any size
     metrics = segmentation.evaluate(model.to(device), loader, window, classes, autocast)
     if distributed.world()[0] == 0:
         print(origin)
@@ -215,7 +204,6 @@ def report(args, model, samples, settings, window, origin):
             f'{metrics["val_pixel_acc"]:.2f} %  on {len(samples) - bad} images'
             + (f' ({bad} cannot be used)' if bad else '')
         )
-        checkpoint.make_output_dir(args.output_dir)
         with open(os.path.join(args.output_dir, 'log.jsonl'), 'a') as file:
             finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             file.write(json.dumps({'eval': args.init_from, 'data_path': args.data_path, **finite}) + '\n')
@@ -245,9 +233,9 @@ def predict(args):
     for path, image in folders.given_images(args.predict, settings.sizes['in_chans'], args.background):
         predicted = segmentation.segment_image(model, image, settings, window, device, autocast)
         name = os.path.splitext(os.path.basename(path))[0]
-        while name in written:  # of the same name in another folder
+        while {name, f'{name}_overlay'} & written:  # of the same name in another folder
             name += '_'
-        written.add(name)
+        written |= {name, f'{name}_overlay'}
         file = os.path.join(folder, name)
         indexed = Image.fromarray(predicted)
         indexed.putpalette(visualize.palette(len(settings.classes)).tobytes())
@@ -257,4 +245,4 @@ def predict(args):
 
 
 if __name__ == '__main__':
-    run(main, get_parser())
+    run_job(main, get_parser())

@@ -74,7 +74,7 @@ class MaskedAutoencoderMFF(nn.Module):
         check_image_size(img_size, patch_size)
         check_width(embed_dim, num_heads)
         check_width(decoder_embed_dim, decoder_num_heads, 'decoder_')
-        check_fuse_layers(fuse_layers, depth)
+        check_layers('fuse_layers', fuse_layers, depth)
         self.in_chans = in_chans
         self.fuse_layers = fuse_layers
         self.norm_pix_loss = norm_pix_loss
@@ -255,13 +255,12 @@ def check_width(dim, num_heads, prefix=''):
         )
 
 
-def check_fuse_layers(fuse_layers, depth):
+def check_layers(name, layers, depth):
     """Raise ValueError unless the layers are increasing block indices of which the last is the last block."""
-    if not fuse_layers or list(fuse_layers) != sorted(set(fuse_layers)) or fuse_layers[0] < 0:
-        raise ValueError(f'fuse_layers {list(fuse_layers)} must be increasing block indices from 0')
-    if fuse_layers[-1] != depth - 1:
+    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] != depth - 1:
         raise ValueError(
-            f'fuse_layers {list(fuse_layers)} must end with the last block, which is {depth - 1} at depth {depth}'
+            f'{name} {list(layers)} must be increasing block indices from 0, and must end with the last block, which '
+            f'is {depth - 1} at depth {depth}'
         )
 
 
@@ -276,6 +275,8 @@ def default_fuse_layers(depth):
     step = max(1, min(4, depth // 6))
     return tuple(sorted({*range(0, max(1, depth - 2), step), depth - 1}))
 
+
+ENCODER = ('img_size', 'in_chans', 'patch_size', 'embed_dim', 'depth', 'num_heads', 'mlp_ratio')
 
 # Arguments of MaskedAutoencoderMFF. Fused layers: the paper's for ViT-B; the authors' prototype for ViT-S; public
 # uses of MFF for depths 24 and 32. Nano and tiny, for 32-pixel images, are ours: nano for CPUs, tiny for one GPU.
@@ -347,14 +348,7 @@ def create_encoder(sizes, global_pool='avg', drop_path=0.0):
     Raises:
         ValueError: if the image size is not a multiple of the patch size, or the width of the number of heads.
     """
-    names = ('img_size', 'patch_size', 'in_chans', 'embed_dim', 'depth', 'num_heads', 'mlp_ratio')
-    encoder = {name: sizes[name] for name in names}
     check_image_size(to_2tuple(sizes['img_size']), sizes['patch_size'])
     check_width(sizes['embed_dim'], sizes['num_heads'])
-    return VisionTransformer(
-        **encoder,
-        num_classes=0,
-        global_pool=global_pool,
-        fc_norm=global_pool == 'avg',
-        drop_path_rate=drop_path,
-    )
+    encoder = {name: sizes[name] for name in ENCODER}
+    return VisionTransformer(**encoder, num_classes=0, global_pool=global_pool, drop_path_rate=drop_path)

@@ -27,9 +27,9 @@ import torch.nn as nn
 from timm.layers import to_2tuple
 from timm.models.beit import Beit
 from torch.nn.functional import interpolate
-from torchvision.ops import Conv2dNormActivation
+from torchvision.ops import Conv2dNormActivation as ConvNormReLU  # its convolution has no bias
 
-from models_mff import check_image_size
+from models_mff import check_image_size, check_layers
 
 DROPOUT = 0.1  # of whole channels, before both classifiers
 
@@ -75,7 +75,10 @@ class UperNet(nn.Module):
                 f'image size {img_size} must be two patches of {patch_size} at least, '
                 f'embed_dim {embed_dim} a multiple of num_heads {num_heads}'
             )
-        self.levels = check_levels(levels, depth)
+        self.levels = tuple(levels)
+        if len(self.levels) != 4:
+            raise ValueError(f'levels {list(levels)} must be four blocks, one for each size of the pyramid')
+        check_layers('levels', self.levels, depth)
 
         # timm's Beit is mmsegmentation's MAE backbone. It starts equal to the plain ViT: biases 0, layer scales 1.
         self.encoder = Beit(
@@ -100,15 +103,15 @@ class UperNet(nn.Module):
             nn.MaxPool2d(2),
         ])  # fmt: skip
         self.pools = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(cells), conv(embed_dim, channels, 1)) for cells in (1, 2, 3, 6)
+            nn.Sequential(nn.AdaptiveAvgPool2d(cells), ConvNormReLU(embed_dim, channels, 1)) for cells in (1, 2, 3, 6)
         )
-        self.pool_conv = conv(embed_dim + 4 * channels, channels, 3)
-        self.laterals = nn.ModuleList(conv(embed_dim, channels, 1) for _ in range(3))
-        self.smooth = nn.ModuleList(conv(channels, channels, 3) for _ in range(3))
-        self.fuse = conv(4 * channels, channels, 3)
+        self.pool_conv = ConvNormReLU(embed_dim + 4 * channels, channels, 3)
+        self.laterals = nn.ModuleList(ConvNormReLU(embed_dim, channels, 1) for _ in range(3))
+        self.smooth = nn.ModuleList(ConvNormReLU(channels, channels, 3) for _ in range(3))
+        self.fuse = ConvNormReLU(4 * channels, channels, 3)
         self.classifier = nn.Sequential(nn.Dropout2d(DROPOUT), nn.Conv2d(channels, num_classes, 1))
         self.aux_head = nn.Sequential(
-            conv(embed_dim, aux_channels, 3), nn.Dropout2d(DROPOUT), nn.Conv2d(aux_channels, num_classes, 1)
+            ConvNormReLU(embed_dim, aux_channels, 3), nn.Dropout2d(DROPOUT), nn.Conv2d(aux_channels, num_classes, 1)
         )
         self.initialize_weights(classifier_std)
 
@@ -159,11 +162,6 @@ class UperNet(nn.Module):
         return self.classifier(self.fuse(features))
 
 
-def conv(in_channels, out_channels, kernel_size):
-    """Convolution without bias, BatchNorm, ReLU."""
-    return Conv2dNormActivation(in_channels, out_channels, kernel_size)
-
-
 def double(channels):
     """Twice the height and width."""
     return nn.ConvTranspose2d(channels, channels, kernel_size=2, stride=2)
@@ -180,13 +178,3 @@ def default_levels(depth):
     for index in (depth // 2 - 1, 2 * depth // 3 - 1, depth - 1):
         levels.append(max(index, levels[-1] + 1))
     return tuple(levels)
-
-
-def check_levels(levels, depth):
-    """levels as a tuple; ValueError if they are not four blocks of a ViT, in order, that end with the last."""
-    levels = tuple(levels)
-    if len(levels) != 4 or list(levels) != sorted(set(levels)) or levels[0] < 0 or levels[-1] != depth - 1:
-        raise ValueError(
-            f'levels {list(levels)} must be four increasing block indices that end with {depth - 1} at depth {depth}'
-        )
-    return levels

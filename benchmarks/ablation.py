@@ -25,7 +25,7 @@ import main_pretrain
 from benchmarks import report
 from benchmarks.ablation_report import read_results, write_report
 from util import checkpoint, distributed, log, weights
-from util.args import ArgumentParser, number, run
+from util.args import ArgumentParser, number, run_job
 from util.errors import InputError, RunError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -123,7 +123,7 @@ def train_and_measure(args, variant, seed):
 
     def start(job, *flags):
         common = ['--data_path', args.data_path, '--seed', str(seed), '--num_workers', str(args.num_workers)]
-        return run_job(job, os.path.join(folder, f'{job}.out'), [*common, *map(str, flags)])
+        return run_script(job, os.path.join(folder, f'{job}.out'), [*common, *map(str, flags)])
 
     curves, checkpoints = {}, {0: None}  # {name: [(epoch, value)]}, {epoch: file}
     if variant != 'random':
@@ -163,7 +163,7 @@ def train_and_measure(args, variant, seed):
 children = []  # processes that were started
 
 
-def run_job(job, output, flags):
+def run_script(job, output, flags):
     """Standard output of main_JOB.py, which also goes to the file `output`. InputError if it fails."""
     command = [sys.executable, os.path.join(ROOT, f'main_{job}.py'), *flags]
     with open(output, 'w') as file:
@@ -183,4 +183,4 @@ def stop(*_):
 
 
 if __name__ == '__main__':
-    run(main, get_parser())
+    run_job(main, get_parser())

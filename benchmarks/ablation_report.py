@@ -10,7 +10,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from util.args import ArgumentParser, run
+from util.args import ArgumentParser, run_job
 from util.errors import InputError
 from util.visualize import draw_fusion_curves, finish, fusion_curves
 
@@ -182,4 +182,4 @@ def fusion_figure(groups):
 
 
 if __name__ == '__main__':
-    run(main, get_parser())
+    run_job(main, get_parser())

@@ -22,7 +22,7 @@ from torchvision import transforms as v1
 
 from benchmarks import report
 from util import data, distributed, resize, sources, transforms
-from util.args import ArgumentParser, number, run
+from util.args import ArgumentParser, number, run_job
 
 SIDE = 224
 STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -148,4 +148,4 @@ def summarise(rounds):
 
 
 if __name__ == '__main__':
-    run(main, get_parser())
+    run_job(main, get_parser())

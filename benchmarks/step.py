@@ -29,7 +29,7 @@ import torch
 from benchmarks import report
 from models_mff import MODELS, MaskedAutoencoderMFF, model_sizes
 from util import distributed, optim
-from util.args import ArgumentParser, number, run
+from util.args import ArgumentParser, number, run_job
 from util.errors import RunError
 from util.weights import convert_state_dict
 
@@ -364,4 +364,4 @@ def profile(variant, size, device, args):
 
 
 if __name__ == '__main__':
-    run(main, get_parser())
+    run_job(main, get_parser())

@@ -12,7 +12,7 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 from util import checkpoint
-from util.args import run
+from util.args import run_job
 from util.shapes import Shapes
 
 torch.set_num_threads(1)  # what is run here is too small to share out
@@ -88,7 +88,7 @@ def kill_after_saving(monkeypatch):
 
 def runner(job, small_run, tmp_path, *defaults):
     def start(name, *flags):
-        run(job.main, job.get_parser(), small_run(name, *defaults, *flags))
+        run_job(job.main, job.get_parser(), small_run(name, *defaults, *flags))
         return Result(tmp_path / name)
 
     return start

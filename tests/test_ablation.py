@@ -34,7 +34,7 @@ def log_of(variant, job):
 
 @pytest.fixture
 def jobs(monkeypatch):
-    """Stands in for ablation.run_job: checks the flags, writes the log, trains nothing. A list of (job, flags)."""
+    """Stands in for ablation.run_script: checks the flags, writes the log, trains nothing. A list of (job, flags)."""
     started = []
 
     def start(job, output, flags):
@@ -55,7 +55,7 @@ def jobs(monkeypatch):
         return started
 
     jobs.failing = []
-    monkeypatch.setattr(ablation, 'run_job', start)
+    monkeypatch.setattr(ablation, 'run_script', start)
     monkeypatch.setattr('signal.signal', lambda *_: None)
     monkeypatch.setattr(ablation, 'write_report', lambda folder: f'the report of {folder}')  # tested below
     return jobs
@@ -159,7 +159,7 @@ def results(tmp_path):
 
 
 def test_table_of_known_numbers(results, capsys):
-    util_args.run(ablation_report.main, ablation_report.get_parser(), [str(results)])
+    util_args.run_job(ablation_report.main, ablation_report.get_parser(), [str(results)])
     table = capsys.readouterr().out.splitlines()
     assert table == (results / 'table.md').read_text().splitlines()
     assert table[0] == '|  | validation loss | 20-NN, mean of patches, subset | 20-NN, cls token | fine-tuning |'

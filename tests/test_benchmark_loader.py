@@ -9,7 +9,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from benchmarks import loader
 from util import data
-from util.args import run
+from util.args import run_job
 from util.shapes import Shapes
 from util.sources import open_source
 
@@ -57,5 +57,5 @@ def test_a_copy_that_lacks_an_image_is_not_compared(folder, tmp_path):
 
 def test_a_mistake_shows_before_anything_is_timed(capsys):
     with pytest.raises(SystemExit) as exit:
-        run(loader.main, loader.get_parser(), ['--data_path', 'shapes'])
+        run_job(loader.main, loader.get_parser(), ['--data_path', 'shapes'])
     assert exit.value.code == 2 and 'not a folder of images' in capsys.readouterr().err

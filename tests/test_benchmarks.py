@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import report, scaling, step
 from models_mff import MaskedAutoencoderMFF, model_sizes
-from util.args import run
+from util.args import run_job
 
 
 @pytest.mark.parametrize('size, gigaflops', [('small', 25.4), ('base', 58.7), ('large', 124.5)])
@@ -75,7 +75,7 @@ def benchmark(monkeypatch, capsys, tmp_path):
     def start(module, flags):
         argv = ['--device', 'cpu', *flags.split(), '--out', str(tmp_path / 'out')]
         monkeypatch.setattr('sys.argv', [module.__file__, *argv])
-        run(module.main, module.get_parser(), argv)
+        run_job(module.main, module.get_parser(), argv)
         return capsys.readouterr().out
 
     return start

@@ -65,7 +65,6 @@ def test_processes_share_each_step(world_size, batch_size):
         mine = slice(step * micro_steps, (step + 1) * micro_steps)
         seen = [key for share in shares for micro_batch in share[mine] for key in micro_batch]
         assert sorted(seen) == sorted(expected)
-    assert len(shares[0]) == len(data.BatchStream(50, 16, batch_size, 3, 0, 9, 0, world_size))
 
 
 def test_a_stream_resumes_at_any_step():
@@ -302,16 +301,3 @@ def test_one_other_pixel_is_not_flat(place):
     assert data.is_flat(image) and data.is_flat(image[:, :1, :1])
     image[place] = 8
     assert not data.is_flat(image)
-
-
-# --- Waiting for data -------------------------------------------------------------------------------------------
-
-
-def test_waiting_is_counted_within_the_block_only(monkeypatch):
-    clock = iter([1.0, 3.0, 10.0, 10.5])  # read as a block begins and ends
-    monkeypatch.setattr(data.time, 'perf_counter', lambda: next(clock))
-    waiting = data.Waiting(CPU)
-    for _ in range(2):
-        with waiting:
-            pass
-    assert waiting.seconds() == 2.5 and waiting.seconds() == 0

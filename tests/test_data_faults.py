@@ -174,7 +174,7 @@ def act_and_read(source, index):
     return read(source, index)
 folders.ImageFiles.__getitem__ = act_and_read
 import main_pretrain
-args.run(main_pretrain.main, main_pretrain.get_parser(), sys.argv[1:])
+args.run_job(main_pretrain.main, main_pretrain.get_parser(), sys.argv[1:])
 """
 
 

@@ -10,7 +10,7 @@ from conftest import ROOT, Result, command
 from test_interruptions import close_weights, free_port
 
 from util import distributed
-from util.args import ArgumentParser, run
+from util.args import ArgumentParser, run_job
 from util.errors import InputError, RunError
 
 LAUNCHERS = {
@@ -93,7 +93,7 @@ def test_a_process_of_a_group_ends_without_cleaning_up(end, code, monkeypatch):
     ended = []
     monkeypatch.setattr(distributed, 'joined', ['a process group'])
     monkeypatch.setattr(os, '_exit', ended.append)
-    run(main, ArgumentParser(), [])
+    run_job(main, ArgumentParser(), [])
     assert ended == [code]
 
 

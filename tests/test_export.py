@@ -15,8 +15,8 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from models_mff import MaskedAutoencoderMFF, model_sizes
 from util import export
-from util.args import run
-from util.weights import file_settings, load_encoder, load_model, load_weights, read_weights
+from util.args import run_job
+from util.weights import load_encoder, load_model, load_weights, read, settings_of
 
 SIZES = {'img_size': (16, 24), 'patch_size': 4, 'embed_dim': 192, 'depth': 2, 'num_heads': 3}
 
@@ -49,7 +49,7 @@ def checkpoint(network, sizes=None, **flags):
 
 def exported(state, folder):
     torch.save(state, folder / 'checkpoint.pth')
-    run(export.main, export.get_parser(), [str(folder / 'checkpoint.pth'), str(folder / 'out')])
+    run_job(export.main, export.get_parser(), [str(folder / 'checkpoint.pth'), str(folder / 'out')])
     return folder / 'out'
 
 
@@ -93,7 +93,7 @@ def test_pretraining(size, channels, fuse_layers, recorded, tmp_path, capsys):
     kind = 'MAE' if fuse_layers == [3] else 'MFF'
     line = load_weights(again, folder / 'pretraining/model.safetensors', complete=True)
     assert line.endswith(f"this project's {kind} pre-training")
-    assert read_weights(folder / 'model.safetensors')[1] == "this project's pre-training, encoder only"
+    assert read(folder / 'model.safetensors').origin == "this project's pre-training, encoder only"
     again, settings = load_encoder(folder / 'model.safetensors')
     assert same(again.state_dict(), encoder.state_dict()) and settings.mean == (0.4,) * channels
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_classifier(global_pool, tmp_path):
     assert json.loads((folder / 'config.json').read_text())['num_classes'] == 3
     assert not (folder / 'pretraining/model.safetensors').exists()
     assert 'pre-trained with' not in (folder / 'README.md').read_text()  # what it started from is not known
-    settings = file_settings(folder / 'model.safetensors')
+    settings = settings_of(read(folder / 'model.safetensors'))
     assert settings.classes == classes and settings.flags.crop_pct == 0.6
     assert settings.mean == (0.1, 0.2, 0.3) and settings.std == (1.0, 0.9, 0.8)
     assert settings.sizes['img_size'] == (16, 24)
@@ -151,7 +151,7 @@ def test_files_have_the_mode_that_the_umask_gives(tmp_path):
 
 def test_a_run(pretrain, tmp_path):
     output_dir = pretrain('run', '--epochs', '1').output_dir
-    run(export.main, export.get_parser(), [str(output_dir / 'checkpoint-last.pth'), str(tmp_path / 'out')])
+    run_job(export.main, export.get_parser(), [str(output_dir / 'checkpoint-last.pth'), str(tmp_path / 'out')])
     expected, settings = load_encoder(output_dir / 'checkpoint-last.pth')
     imgs = torch.randn(1, 3, *settings.sizes['img_size'])
     with torch.no_grad():
@@ -185,7 +185,7 @@ def test_mistakes_get_one_line_code_2_and_leave_nothing(tmp_path, capsys, monkey
     ]:
         out = '/dev/null/out' if name == 'good.pth' else tmp_path / 'new/out'
         with pytest.raises(SystemExit) as exit:
-            run(export.main, export.get_parser(), [str(tmp_path / name), str(out)])
+            run_job(export.main, export.get_parser(), [str(tmp_path / name), str(out)])
         printed = capsys.readouterr().err
         assert exit.value.code == 2
         assert re.search(message, printed) and re.fullmatch(r'[^\n]*error: [^\n]+\n', printed), printed

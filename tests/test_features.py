@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import main_linprobe
 from models_mff import MaskedAutoencoderMFF, create_encoder, model_sizes
 from util import data, features
-from util.args import run
+from util.args import run_job
 from util.errors import RunError
 
 
@@ -154,7 +154,7 @@ def test_processes_share_the_work(pretrain, folder, capsys):
     two = command('main_linprobe.py', *flags, torchrun=2)
     assert two.returncode == 0, two.stderr
     capsys.readouterr()
-    run(main_linprobe.main, main_linprobe.get_parser(), flags)
+    run_job(main_linprobe.main, main_linprobe.get_parser(), flags)
     numbers = [re.findall(r'top-1 ([\d.]+) %', printed) for printed in (two.stdout, capsys.readouterr().out)]
     assert len(numbers[0]) == 4 and numbers[0] == numbers[1]
 

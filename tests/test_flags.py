@@ -26,7 +26,7 @@ import main_linprobe
 import main_pretrain
 import main_segment
 from util import checkpoint, distributed, log, mix, transforms, visualize
-from util.args import run
+from util.args import run_job
 from util.shapes import Shapes
 
 JOBS = {'pretrain': main_pretrain, 'finetune': main_finetune, 'linprobe': main_linprobe, 'segment': main_segment}
@@ -273,7 +273,7 @@ def observe(job, flags, root):
     with pytest.MonkeyPatch.context() as patch:
         watch_calls(patch, facts)
         patch.setattr(engine, 'train', functools.partial(watched_train, engine.train, facts))
-        run(job.main, job.get_parser(), flags)
+        run_job(job.main, job.get_parser(), flags)
     facts['inputs'], facts['val_inputs'] = facts['inputs'][:1], sorted(set(facts['val_inputs']))
     facts['saved'] = sorted(set(facts['saved']))
     entries = [entry for entry in log.read(root / 'run/log.jsonl') if 'step' in entry]
@@ -393,7 +393,7 @@ def draw(root, start=0, mode='RGB', broken=0, pairs=False):
             if pairs:
                 path = root / f'masks/{split}/{index}.png'
                 path.parent.mkdir(parents=True, exist_ok=True)
-                to_pil_image(shapes.mask(index)).save(path)
+                to_pil_image(shapes.picture_and_mask(index)[1]).save(path)
     if pairs:
         (root / 'classes.txt').write_text('\n'.join(['background', *Shapes.classes]))
     return root

@@ -20,7 +20,7 @@ import main_segment
 from models_mff import MaskedAutoencoderMFF, create_encoder, model_sizes
 from models_upernet import UperNet
 from util import checkpoint, export, sources, tar, weights
-from util.args import run
+from util.args import run_job
 from util.errors import InputError
 from util.images import decode_image
 
@@ -89,7 +89,7 @@ def test_recipes(content, tmp_path, capsys):
     path = tmp_path / 'recipe.txt'
     path.write_bytes(content)
     with pytest.raises(SystemExit) as exit:
-        run(lambda args: exit_with(75), main_pretrain.get_parser(), [f'@{path}'])
+        run_job(lambda args: exit_with(75), main_pretrain.get_parser(), [f'@{path}'])
     assert exit.value.code in (0, 2, 75)
     if exit.value.code == 2:
         assert 'error: ' in capsys.readouterr().err.splitlines()[-1]

@@ -97,11 +97,11 @@ def test_broken_files_raise_one_kind_of_error(tmp_path, content):
         path = tmp_path / f'image.{suffix}'
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f'^{path}: '):
-            images.read_image(path)
+            images.decode_image(content, str(path))
         with pytest.raises(InputError, match=f'^{path}: '):
-            images.read_given_image(path)
-    with pytest.raises(InputError, match='No such file'):
-        images.read_given_image(tmp_path / 'nothing.png')
+            images.read_image(path)
+    with pytest.raises(InputError, match='nothing.png: No such file'):
+        images.read_image(tmp_path / 'nothing.png')
 
 
 # --- Transparency: composited on the background -----------------------------------------------------------------

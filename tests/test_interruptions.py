@@ -19,7 +19,7 @@ from conftest import ROOT, Result
 import main_pretrain
 from models_mff import MaskedAutoencoderMFF
 from util import checkpoint, data, distributed
-from util.args import run
+from util.args import run_job
 from util.errors import INTERRUPTED, InputError
 from util.log import Log, Meter
 
@@ -107,14 +107,14 @@ SLOW_SAVE = """
 import sys, time
 import main_pretrain
 from util import checkpoint
-from util.args import run
+from util.args import run_job
 save = checkpoint.save
 def slow_save(*arguments):
     open(sys.argv.pop(), 'w').close()
     time.sleep(4)
     save(*arguments)
 checkpoint.save = slow_save
-run(main_pretrain.main, main_pretrain.get_parser(), sys.argv[1:-1])
+run_job(main_pretrain.main, main_pretrain.get_parser(), sys.argv[1:-1])
 """
 
 
@@ -306,7 +306,7 @@ def test_skipped_steps_are_counted_in_a_row():
 VICTIM = """
 import os, signal, sys
 import main_pretrain
-from util.args import run
+from util.args import run_job
 from util.errors import RunError
 from util.log import Log
 advance = Log.advance
@@ -316,7 +316,7 @@ def advance_and_act(log):
         open(MARK, 'w').close()
         ACTION
 Log.advance = advance_and_act
-run(main_pretrain.main, main_pretrain.get_parser())
+run_job(main_pretrain.main, main_pretrain.get_parser())
 """
 
 
@@ -462,7 +462,7 @@ def fork(flags):
     os.setpgid(0, 0)
     code = 1
     try:
-        run(main_pretrain.main, main_pretrain.get_parser(), flags)
+        run_job(main_pretrain.main, main_pretrain.get_parser(), flags)
         code = 0
     except SystemExit as exit:
         code = exit.code

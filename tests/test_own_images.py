@@ -19,7 +19,7 @@ import main_linprobe
 import main_pretrain
 from models_mff import MaskedAutoencoderMFF, model_sizes
 from util import export, log, sources
-from util.args import run
+from util.args import run_job
 from util.images import read_image
 from util.optim import make_schedule
 
@@ -34,7 +34,7 @@ SHORT = '--epochs 1 --total_batch_size 16 --num_workers 0 --device cpu'.split()
 
 
 def start(job, *flags):
-    run(JOBS[job].main, JOBS[job].get_parser(), list(map(str, flags)))
+    run_job(JOBS[job].main, JOBS[job].get_parser(), list(map(str, flags)))
 
 
 @pytest.fixture(scope='module')
@@ -67,7 +67,9 @@ def test_sizes_of_the_command_line_are_those_of_all_that_follows(pretrained, fin
     for result in (pretrained, finetuned):
         assert {name: result.checkpoint['sizes'][name] for name in sizes} == sizes
     assert pretrained.checkpoint['sizes']['fuse_layers'] == [0, 1]
-    run(export.main, export.get_parser(), [str(pretrained.output_dir / 'checkpoint-last.pth'), str(tmp_path / 'dir')])
+    run_job(
+        export.main, export.get_parser(), [str(pretrained.output_dir / 'checkpoint-last.pth'), str(tmp_path / 'dir')]
+    )
     in_timm = timm.create_model(f'local-dir:{tmp_path / "dir"}', pretrained=True)
     assert torch.equal(in_timm.blocks[1].mlp.fc2.weight, pretrained.checkpoint['model']['blocks.1.mlp.fc2.weight'])
 
@@ -174,6 +176,7 @@ def test_disk_is_that_of_the_files(classes, checkpoints):
         ('finetune', ['--data_path', '{images}', '--init_from', '{run}'], 'such as {run}/checkpoint-last.pth'),
         ('linprobe', ['--data_path', '{images}', '--features', 'out'], '--features out: must end in .npz'),
         ('finetune', ['--eval', '--data_path', '{renamed}', '--init_from', '{best}'], 'squares only in'),
+        ('linprobe', ['--data_path', '{images}', '--val_path', '{renamed}', '--features', 'o.npz'], 'squares only in'),
     ],
 )  # fmt: skip
 def test_a_mistake_gets_one_line(job, flags, message, images, pretrained, finetuned, tmp_path, capsys):
@@ -208,7 +211,8 @@ def test_time_to_go_is_that_of_the_steps(tmp_path, monkeypatch, capsys):
     """Neither what came before the first step, nor that step, in which workers start, counts for the others."""
     clock = [0.0]
     monkeypatch.setattr(log, 'time', types.SimpleNamespace(time=lambda: clock[0]))
-    record = log.Log(tmp_path, total_steps=105, start_step=0, args=types.SimpleNamespace())
+    args, schedule = types.SimpleNamespace(output_dir=str(tmp_path)), types.SimpleNamespace(total_steps=105)
+    record = log.Log(types.SimpleNamespace(rank=0, start=0, args=args, schedule=schedule))
     record.entry(0, 0.0, {'val_loss': 1.0})
     for seconds in (1000, 2, 2, 2, 2):
         clock[0] += seconds

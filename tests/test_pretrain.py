@@ -10,7 +10,7 @@ from conftest import Result, command
 
 import main_pretrain
 from util import checkpoint, distributed, visualize
-from util.args import run
+from util.args import run_job
 
 
 def test_a_run_trains_and_leaves_everything(pretrain, capsys):
@@ -224,8 +224,8 @@ def test_visualize_reads_the_checkpoint(pretrain, folder, tmp_path):
         '--out',
         str(tmp_path / 'a.png'),
     ]
-    run(visualize.main, visualize.get_parser(), flags)
-    run(visualize.main, visualize.get_parser(), ['curves', str(output_dir), '--out', str(tmp_path / 'b.png')])
+    run_job(visualize.main, visualize.get_parser(), flags)
+    run_job(visualize.main, visualize.get_parser(), ['curves', str(output_dir), '--out', str(tmp_path / 'b.png')])
     for name in ('a.png', 'b.png'):
         assert min(Image.open(tmp_path / name).size) > 100
 

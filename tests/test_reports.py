@@ -18,7 +18,7 @@ import main_linprobe
 import main_pretrain
 from models_mff import MaskedAutoencoderMFF, model_sizes
 from util import data
-from util.args import run
+from util.args import run_job
 
 JOBS = {'pretrain': main_pretrain, 'finetune': main_finetune, 'linprobe': main_linprobe}
 MEAN, STD, CROP_PCT = (0.3, 0.4, 0.5), (0.2, 0.25, 0.35), 0.6
@@ -71,7 +71,7 @@ class Watched:
             patch.setattr(data.Samples, '__getitem__', sample)
             patch.setattr('time.perf_counter', lambda: self.clock)
             flags = ['--data_path', str(folder), '--output_dir', str(output_dir), *FLAGS, *JOB_FLAGS[job]]
-            run(JOBS[job].main, JOBS[job].get_parser(), flags)
+            run_job(JOBS[job].main, JOBS[job].get_parser(), flags)
         self.states.append(Result(output_dir).checkpoint['model'])
         entries = Result(output_dir).entries
         self.logged = [entry for entry in entries if 'loss' in entry]
@@ -219,7 +219,7 @@ def test_evaluation_follows_the_checkpoint(watched, capsys):
     """--eval without the flags of the training: sizes, mean, deviation and crop are those of the checkpoint."""
     job, checkpoint = JOBS[watched.job], watched.output_dir / 'checkpoint-last.pth'
     flags = ['--eval', '--data_path', str(watched.folder), '--init_from', str(checkpoint), '--num_workers', '0']
-    run(job.main, job.get_parser(), [*flags, '--device', 'cpu'])
+    run_job(job.main, job.get_parser(), [*flags, '--device', 'cpu'])
     expected = validation(watched, 10)
     line = 'top-1 {val_top1:.2f} %  top-5 {val_top5:.2f} %  loss {val_loss:.4f}  on 20 images'.format(**expected)
     assert capsys.readouterr().out.splitlines()[-1] == line
@@ -229,7 +229,7 @@ def test_evaluation_follows_the_checkpoint(watched, capsys):
 def test_predictions_are_those_of_the_classifier(watched, capsys):
     paths = sorted((watched.folder / 'val').rglob('*.png'))
     flags = ['--predict', *map(str, paths), '--init_from', str(watched.output_dir / 'checkpoint-last.pth')]
-    run(main_finetune.main, main_finetune.get_parser(), [*flags, '--json', '--device', 'cpu'])
+    run_job(main_finetune.main, main_finetune.get_parser(), [*flags, '--json', '--device', 'cpu'])
     predictions = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [prediction['image'] for prediction in predictions] == list(map(str, paths))
     imgs, _ = validation_images(watched.folder, CROP_PCT, v2.InterpolationMode.BICUBIC)

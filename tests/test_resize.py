@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from util import resize, transforms
-from util.args import run
+from util.args import run_job
 from util.folders import Options
 from util.images import array_to_tensor
 from util.sources import open_source
@@ -25,7 +25,7 @@ def resized(tmp_path):
 
     def start(src, *flags):
         argv = [str(src), str(tmp_path / 'copy'), '--size', '16', '--num_workers', '0']
-        run(resize.main, resize.get_parser(), [*argv, *map(str, flags)])
+        run_job(resize.main, resize.get_parser(), [*argv, *map(str, flags)])
         return tmp_path / 'copy'
 
     return start

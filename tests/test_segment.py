@@ -178,9 +178,9 @@ def test_default_levels(depth, levels):
     'change, message',
     [
         (dict(img_size=30), 'not a multiple of patch size'),
-        (dict(levels=(0, 1, 2, 2)), 'four increasing block indices'),
-        (dict(levels=(0, 1, 2)), 'four increasing block indices'),
-        (dict(depth=5), 'end with 4 at depth 5'),
+        (dict(levels=(0, 1, 2, 2)), 'increasing block indices'),
+        (dict(levels=(0, 1, 2)), 'must be four blocks'),
+        (dict(depth=5), 'which is 4 at depth 5'),
         (dict(img_size=8), 'two patches'),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import tarfile
 
 import numpy as np
@@ -15,7 +16,7 @@ import main_segment
 from models_upernet import UperNet
 from tests.conftest import ROOT, Result, command
 from util import masks, optim, segmentation, transforms, weights
-from util.args import run
+from util.args import run_job
 from util.images import read_image
 from util.shapes import Shapes
 from util.sources import Options
@@ -30,7 +31,7 @@ def write_pairs(root, split='train', count=12, size=(20, 18), names=('images', '
     """Drawn pictures with masks of the classes 0 to 10, whose borders are unlabelled, 11."""
     shapes = Shapes(split, size)
     for index in range(count):
-        for folder, tensor in zip(names, (shapes[index][0], shapes.mask(index)[None])):
+        for folder, tensor in zip(names, (shapes[index][0], shapes.picture_and_mask(index)[1][None])):
             if folder != names[0]:
                 tensor[:, 0] = 11
             path = root / folder / split / f'{index}.png'
@@ -49,7 +50,7 @@ def pairs(tmp_path_factory):
 
 def segment(data_path, output_dir, *flags):
     arguments = ['--data_path', str(data_path), '--ignore_label', '11', *SMALL, '--output_dir', str(output_dir), *flags]
-    run(main_segment.main, main_segment.get_parser(), arguments)
+    run_job(main_segment.main, main_segment.get_parser(), arguments)
     return Result(output_dir)
 
 
@@ -86,7 +87,7 @@ def test_image_and_mask_belong_together(pairs):
         image, mask = train[index]
         number = int(os.path.basename(train.path(index)).removesuffix('.png'))
         assert torch.equal(image, shapes[number][0])
-        assert torch.equal(mask[1:], shapes.mask(number)[1:]) and (mask[0] == transforms.IGNORE).all()
+        assert torch.equal(mask[1:], shapes.picture_and_mask(number)[1][1:]) and (mask[0] == transforms.IGNORE).all()
 
 
 def test_ade20k_as_downloaded(tmp_path):
@@ -221,14 +222,16 @@ def test_prediction_is_at_the_images_own_size(pairs, tmp_path, capsys):
     init = ['--init_from', str(tmp_path / 'run/checkpoint-last.pth')]
     image = pairs / 'images/val/1.png'
     (tmp_path / 'bad.png').write_text('no image')
+    twin = shutil.copy(image, tmp_path / '1_overlay.png')
     with pytest.raises(SystemExit) as exit:
-        segment(pairs, tmp_path / 'run', *init, '--predict', str(tmp_path / 'bad.png'), str(image))
+        segment(pairs, tmp_path / 'run', *init, '--predict', str(tmp_path / 'bad.png'), str(image), str(twin))
     assert exit.value.code == 1 and 'bad.png' in capsys.readouterr().err
     predicted = Image.open(tmp_path / 'run/predictions/1.png')
     assert predicted.size == Image.open(image).size and predicted.mode == 'P'
     assert np.array(predicted).max() < 11
     overlay = Image.open(tmp_path / 'run/predictions/1_overlay.png')
     assert overlay.width > predicted.width and overlay.height >= predicted.height
+    assert np.array_equal(Image.open(tmp_path / 'run/predictions/1_overlay_.png'), predicted)  # the twin's own
 
 
 def test_a_segmenter_of_mmsegmentation_predicts(pairs, tmp_path):
@@ -237,7 +240,7 @@ def test_a_segmenter_of_mmsegmentation_predicts(pairs, tmp_path):
     torch.save({'state_dict': reference['state'], 'meta': {}}, tmp_path / 'mmseg.pth')
     image = pairs / 'images/val/1.png'
     flags = ['--predict', str(image), '--init_from', str(tmp_path / 'mmseg.pth'), '--output_dir', str(tmp_path)]
-    run(main_segment.main, main_segment.get_parser(), [*flags, '--device', 'cpu'])
+    run_job(main_segment.main, main_segment.get_parser(), [*flags, '--device', 'cpu'])
     config = reference['config']
     model = UperNet(
         img_size=config['img'],
@@ -313,14 +316,14 @@ MISTAKES = {
     'no classes, and a mask that is none': (
         lambda root: [(root / 'classes.txt').unlink(), (root / 'masks/val/0.png').write_text('x')],
         [],
-        'masks/val/0.png: no image',
+        'masks/val/0.png: not an image',
     ),
     'one class': (lambda root: (root / 'classes.txt').write_text('background\n'), [], 'one class only, background'),
     'labels above': (lambda root: None, ['--ignore_label', '255'], 'holds 11, above the last of 11 classes'),
     'fewer classes': (lambda root: None, ['--num_classes', '3'], 'above the last of 3 classes'),
     'crop and patch': (lambda root: None, ['--input_size', '18'], 'not a multiple of patch size'),
     'images too small': (lambda root: None, ['--scale', '20', '6'], 'smaller than the crop'),
-    'levels': (lambda root: None, ['--levels', '0', '1', '2', '2'], 'four increasing block indices'),
+    'levels': (lambda root: None, ['--levels', '0', '1', '2', '2'], 'levels .* must be increasing block indices'),
     'accumulation': (lambda root: None, ['--batch_size', '2'], 'BatchNorm'),
     'one image': (lambda root: None, ['--total_batch_size', '1'], 'two images'),
     'warm-up': (lambda root: None, ['--warmup_steps', '7'], 'warm-up'),

@@ -418,7 +418,7 @@ def test_masks_of_drawn_pictures():
     """The label's colour stands out where the mask is, and each class covers some of its pictures."""
     shapes = Shapes('val', (32, 32))
     for index in range(40):
-        mask, (picture, label) = shapes.mask(index), shapes[index]
+        mask, (picture, label) = shapes.picture_and_mask(index)[1], shapes[index]
         assert mask.shape == (32, 32) and mask.dtype == torch.uint8
         assert set(mask.unique().tolist()) == {0, 1 + label}
         large, around = picture[:, mask > 0].float().mean(), picture[:, mask == 0].float().mean()

@@ -85,6 +85,13 @@ def test_images_labels_and_order_are_those_of_the_folder(layout, folder, tmp_pat
             assert torch.equal(image, expected) and label == expected_label
 
 
+def test_two_tars_for_one_split_are_refused(folder, tmp_path):
+    a_tar_per_split(folder, tmp_path)
+    (tmp_path / 'more_train.tar').write_bytes((tmp_path / 'shapes_train.tar').read_bytes())
+    with pytest.raises(InputError, match=r'two tar files for train, \w+_train\.tar and \w+_train\.tar'):
+        open_source(tmp_path, tmp_path / 'cache')
+
+
 @pytest.mark.parametrize('job', ['pretrain', 'finetune', 'linprobe'])
 def test_runs_and_resumed_runs_are_those_of_the_folder(job, request, folder, tmp_path, kill_after_saving):
     start = request.getfixturevalue(job)

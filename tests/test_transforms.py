@@ -36,12 +36,13 @@ def resized_crop(size, scale):
 @pytest.mark.parametrize('shape', [(30, 40), (57, 31), (32, 32), (224, 224), (500, 375)])
 def test_simple_crop(shape):
     """The reference's: Resize(side), RandomCrop(side, padding 4, reflect), RandomHorizontalFlip()."""
-    crop = v2.RandomCrop(32, padding=4, padding_mode='reflect')
-    reference = v2.Compose([v2.Resize(32, antialias=True), crop, FLIP])
-    ours = transforms.pretrain_transform((32, 32), 'simple')
-    for seed in range(8):
-        result = from_seed(seed, ours, noise(*shape))
-        assert result.dtype == torch.uint8 and torch.equal(result, from_seed(seed, reference, noise(*shape)))
+    for side in (32, 9, 8, 5):
+        crop = v2.RandomCrop(side, padding=4, padding_mode='reflect')
+        reference = v2.Compose([v2.Resize(side, antialias=True), crop, FLIP])
+        ours = transforms.pretrain_transform((side, side), 'simple')
+        for seed in range(8):
+            result = from_seed(seed, ours, noise(*shape))
+            assert result.dtype == torch.uint8 and torch.equal(result, from_seed(seed, reference, noise(*shape)))
 
 
 def test_rrc():

@@ -15,7 +15,7 @@ from PIL import Image
 from test_model import SMALL, relative
 
 from util import checkpoint, visualize, weights
-from util.args import run
+from util.args import run_job
 from util.errors import InputError
 from util.variants import VariantMFF
 
@@ -124,7 +124,7 @@ def draw(capsys):
     """draw(figure, ...) -> the file that the command says it wrote."""
 
     def start(*flags):
-        run(visualize.main, visualize.get_parser(), list(map(str, flags)))
+        run_job(visualize.main, visualize.get_parser(), list(map(str, flags)))
         return Path(capsys.readouterr().out.splitlines()[-1].removeprefix('wrote '))
 
     return start
@@ -200,7 +200,7 @@ def test_mistakes_with_pictures_get_one_line(pretrain, folder, tmp_path, capsys)
         (['fusion', mff, '--out', str(tmp_path / 'a.jpeg2000')], 'not supported'),
     ]:
         with pytest.raises(SystemExit) as exit:
-            run(visualize.main, visualize.get_parser(), flags)
+            run_job(visualize.main, visualize.get_parser(), flags)
         printed = capsys.readouterr().err.strip().splitlines()
         assert exit.value.code == 2 and message in printed[-1], (flags, printed)
 
@@ -230,6 +230,7 @@ def test_curves_of_folders_of_the_same_name(tmp_path):
         fusion = {f'fusion/layer_{layer:02d}': weight for layer, weight in final.items()}
         before = {**dict.fromkeys(fusion, 0.5), 'loss': 0.9}
         entries = [{'step': 1, 'epoch': 1, **before}, {'step': 2, 'epoch': 2, 'loss': 0.5, **fusion}]
+        entries.append({'eval': 'checkpoint-last.pth', 'val_miou': 50.0})  # of main_segment.py --eval
         write_log(
             tmp_path / name / 'pretrain', [*entries, {'step': 2, 'epoch': 2, 'val_knn_cls': 31, 'val_knn_patches': 42}]
         )

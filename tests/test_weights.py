@@ -23,22 +23,27 @@ import main_linprobe
 import main_pretrain
 from models_mff import MaskedAutoencoderMFF, model_sizes
 from models_upernet import UperNet
+from util import weights
 from util.errors import InputError
 from util.loading import adapt_channels
 from util.weights import (
     ENCODER,
     convert_state_dict,
-    file_settings,
     load_encoder,
     load_model,
     load_weights,
     random_encoder,
-    read_weights,
+    settings_of,
     settle,
 )
 
 REFERENCE = Path(__file__).parent / 'data' / 'cls_tiny.pt'
 SIZES = {'patch_size': 8, 'embed_dim': 24, 'depth': 3, 'num_heads': 3}
+
+
+def read_weights(path):
+    file = weights.read(path)
+    return file.state, file.origin
 
 
 def mae(img_size=32, fuse_layers=(0, 1, 2), seed=0, **kwargs):
@@ -220,21 +225,9 @@ def test_reference_classifiers():
     model.load_state_dict(convert_state_dict(fine_tuned['state']))
     with torch.no_grad():
         assert (model(fine_tuned['imgs']) - fine_tuned['logits']).abs().max() < 1e-5
-        for place in ('fc_norm', 'head'):
-            model = probe_model(place, 7, **sizes)
-            assert load(model, probe['state'], complete=True) == 'mmpretrain linear probe with 7 classes'
-            assert (model(probe['imgs']) - probe['logits']).abs().max() < 1e-5
-
-
-def probe_model(place='fc_norm', num_classes=5, **kwargs):
-    """A linear probe on timm's VisionTransformer, its BatchNorm before the head or part of it."""
-    model = vit('token', num_classes, **kwargs)
-    batch_norm = torch.nn.BatchNorm1d(24, affine=False, eps=1e-6)
-    if place == 'fc_norm':
-        model.fc_norm = batch_norm
-    else:
-        model.head = torch.nn.Sequential(batch_norm, model.head)
-    return model.eval()
+        model = main_linprobe.LinearProbe(vit('token', 0, **sizes), 7).eval()
+        assert load(model, probe['state'], complete=True) == 'mmpretrain linear probe with 7 classes'
+        assert (model(probe['imgs']) - probe['logits']).abs().max() < 1e-5
 
 
 # --- Files that are no weights --------------------------------------------------------------------------------
@@ -336,9 +329,9 @@ def test_encoder_of_pretraining_into_classifiers():
     )
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name] if name.startswith(('fc_norm', 'head')) else source[name]), name
-    model = probe_model()
+    model = main_linprobe.LinearProbe(vit('token', 0), 5)
     assert 'left out: decoder, fusion; freshly initialised: bn, head of 5 classes' in load(model, source)
-    assert torch.equal(model.norm.weight, source['norm.weight'])
+    assert torch.equal(model.backbone.norm.weight, source['norm.weight'])
     model = vit('token', 0)
     assert load(model, source).endswith('left out: decoder, fusion')
     with torch.no_grad():  # K = 1, nothing masked: the encoder is the same function
@@ -461,7 +454,11 @@ def test_square_of_as_many_patches_as_a_rectangle():
 @pytest.mark.parametrize(
     'name, change, message',
     [
-        ('pos_embed', lambda t: torch.tensor(1.0), r'pos_embed has shape \(\), which does not fit \(1, 1\+L, D\)'),
+        (
+            'pos_embed',
+            lambda t: torch.tensor(1.0),
+            r'pos_embed has shape \(\), .* fit \(1, 1 \+ patches, embed_dim\)',
+        ),
         ('head.weight', lambda t: torch.tensor(1.0), r'head\.weight has shape \(\)'),
         ('patch_embed.proj.weight', lambda t: t[..., :0, :0], r'patch_embed\.proj\.weight has shape \(24, 3, 0, 0\)'),
         ('patch_embed.proj.weight', lambda t: t[..., :4], r'patch_embed\.proj\.weight has shape \(24, 3, 8, 4\)'),
@@ -581,7 +578,7 @@ def test_settings_without_a_checkpoint():
         ('--embed_dim 768 --num_heads 7', 'of num_heads 7'),
         ('--decoder_embed_dim 100 --decoder_num_heads 3', 'decoder_embed_dim 100 .* decoder_num_heads 3'),
         ('--patch_size 10', 'image size 224 x 224 is not a multiple of patch size 10'),
-        ('--depth 5 --fuse_layers 0 11', 'must end with the last block, which is 4'),
+        ('--depth 5 --fuse_layers 0 11', 'end with the last block, which is 4'),
         ('--mean 0.5', '--mean has 1 numbers, but the images have 3 channels'),
         ('--model resnet', "no model 'resnet'"),
     ]:
@@ -604,7 +601,7 @@ def test_settings_of_other_checkpoints_of_ours(kind, tmp_path):
         content = run_of(sizes, model='mff_vit_nano_patch4')
         content['args'] |= {'fuse_layers': [1, 3], 'mean': [0.2] * 3, 'std': [0.3] * 3, 'in_chans': 3}
         del content['sizes'], content['mean'], content['std']
-    settings = file_settings(saved(tmp_path / 'a.pth', content))
+    settings = settings_of(weights.read(saved(tmp_path / 'a.pth', content)))
     assert settings.sizes == sizes and (settings.mean, settings.std) == ((0.2,) * 3, (0.3,) * 3)
     assert settings.classes == (None if kind == 'older' else list('abcde'))
 
@@ -613,13 +610,13 @@ def test_settings_of_files_whose_shapes_tell(tmp_path):
     sizes = model_sizes('vit_tiny_patch4', patch_size=8, img_size=24, in_chans=4, mlp_ratio=2.0)  # width 192: 3 heads
     mff, single = (MaskedAutoencoderMFF(**sizes | change).state_dict() for change in ({}, {'fuse_layers': (11,)}))
     for state in (mff, mmpretrain_names(mff)):
-        settings = file_settings(saved(tmp_path / 'a.pth', {'state_dict': state}))
+        settings = settings_of(weights.read(saved(tmp_path / 'a.pth', {'state_dict': state})))
         assert settings.sizes == sizes and settings.mean == (0.5,) * 4
         assert settings.flags.norm_pix_loss is None and settings.flags.mask_ratio == 0.75
     with pytest.raises(InputError, match='it lacks decoder, fusion, needed here'):
         load_model(saved(tmp_path / 'a.pth', {'model': encoder_of(single)}))
     path = saved(tmp_path / 'mae.pth', {'model': single})
-    assert file_settings(path).sizes == sizes | {'fuse_layers': (11,)}  # which it is
+    assert settings_of(weights.read(path)).sizes == sizes | {'fuse_layers': (11,)}  # which it is
     assert load_model(path)[0].fuse_layers == (11,)
     assert settled(main_pretrain, '--init_from', path)[1] == sizes  # which pre-training makes of it
     three = MaskedAutoencoderMFF(**sizes | {'fuse_layers': (0, 5, 11)}).state_dict()
@@ -631,9 +628,9 @@ def test_settings_of_files_whose_shapes_tell(tmp_path):
     assert load_encoder(path)[0].embed_dim == 192  # no one needs to know
     nano = model_sizes('vit_nano_patch4')  # 16 channels per head, in encoder and decoder
     state = MaskedAutoencoderMFF(**nano).state_dict()
-    assert file_settings(saved(tmp_path / 'a.pth', state)).sizes == nano
+    assert settings_of(weights.read(saved(tmp_path / 'a.pth', state))).sizes == nano
     other = vit('token', embed_dim=320, depth=2, num_heads=5).state_dict()
-    assert file_settings(saved(tmp_path / 'a.pth', other)).sizes['num_heads'] == 5  # 64 channels each
+    assert settings_of(weights.read(saved(tmp_path / 'a.pth', other))).sizes['num_heads'] == 5  # 64 channels each
 
 
 def test_timms_vit_tiny(tmp_path):
@@ -704,7 +701,7 @@ def test_segmenters(tmp_path):
         load(upernet(img_size=64), content)
     with pytest.raises(InputError, match='segmenter with 4 classes; it lacks cls_token'):
         load(vit(depth=4), content)
-    settings = file_settings(saved(tmp_path / 'a.pth', content))
+    settings = settings_of(weights.read(saved(tmp_path / 'a.pth', content)))
     assert settings.sizes['num_heads'] == 3 and settings.classes == list('abcd')  # the tables have a column per head
 
 
@@ -718,7 +715,7 @@ def test_mmsegmentations_segmenters(tmp_path):
     theirs = reference['state']
     assert torch.equal(model.encoder.blocks[3].mlp.fc2.weight, theirs['backbone.layers.3.ffn.layers.1.weight'])
     assert torch.equal(model.aux_head[2].bias, theirs['auxiliary_head.conv_seg.bias'])
-    settings = file_settings(saved(tmp_path / 'a.pth', {'state_dict': theirs}))
+    settings = settings_of(weights.read(saved(tmp_path / 'a.pth', {'state_dict': theirs})))
     told = {name: settings.sizes[name] for name in ENCODER}
     assert told == SIZES | {'img_size': (48, 48), 'in_chans': 3, 'depth': 4, 'mlp_ratio': 4.0}
     assert settings.classes is None and 'num_heads' in settings.known

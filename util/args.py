@@ -10,7 +10,7 @@ import shlex
 import signal
 import sys
 
-from util import distributed
+from util import distributed, workers
 from util.errors import InputError, RunError
 
 
@@ -36,8 +36,7 @@ class ArgumentParser(argparse.ArgumentParser):
             names = os.listdir(folder or '.') if os.path.isdir(folder or '.') else []
             known = [os.path.join(folder, name) for name in names if name.endswith('.txt')]
             message = f'@{missing[2]}: {missing[1]}{did_you_mean(missing[2], known)}'
-        first = os.environ.get('LOCAL_RANK', '0') == '0'  # once per machine, not once per process
-        self.exit(2, f'{self.prog}: error: {message}\n' if first else None)
+        self.exit(2, f'{self.prog}: error: {message}\n' if is_first() else None)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -49,13 +48,18 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return action.help if says else f'{action.help} (default: %(default)s)'
 
 
+def is_first():
+    """Whether this process speaks for those of its machine."""
+    return distributed.from_launcher(distributed.LOCAL_RANK, 0)[0] == 0
+
+
 def did_you_mean(word, known):
     """'; did you mean X?' for the closest of the known words, or ''."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f'; did you mean {close[0]}?' if close else ''
 
 
-def run(main, parser, argv=None):
+def run_job(main, parser, argv=None):
     """Parse the flags and run a job, main(args).
 
     An InputError becomes one line and exit code 2; a RunError, a diverged training or the loss of a loader's worker
@@ -72,7 +76,7 @@ def run(main, parser, argv=None):
         code = request.code or 0
     except (InputError, FloatingPointError) as error:  # on all processes alike
         code = 2 if isinstance(error, InputError) else 1
-        message = str(error) if os.environ.get('LOCAL_RANK', '0') == '0' else None
+        message = str(error) if is_first() else None
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except RuntimeError as error:
@@ -99,12 +103,9 @@ def leave(code):
     It could wait for ever for a lock that a killed loader worker holds, or abort when a thread of gloo needs the GIL to
     free a tensor.
     """
-    workers = multiprocessing.active_children()
-    if not workers and not distributed.joined:
+    if not multiprocessing.active_children() and not distributed.joined:
         sys.exit(code)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each
-    for worker in workers:
-        worker.kill()
+    workers.kill_workers()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -10,7 +10,7 @@ import time
 import torch
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
-from util.errors import InputError, RunError
+from util.errors import InputError, RunError, as_input_error
 from util.formats import read_file
 from util.recognise import check_tensors
 
@@ -18,25 +18,10 @@ LAST, PREVIOUS, BEST = 'checkpoint-last.pth', 'checkpoint-previous.pth', 'checkp
 
 # Flags that may change when a run is resumed: they do not change what is trained.
 FREE_FLAGS = {
-    'batch_size',
-    'compile',
-    'data_path',
-    'device',
-    'download_dir',
-    'eval_every',
-    'force_resume',
-    'grad_checkpointing',
-    'keep_every',
-    'knn_every',
-    'log_every',
-    'max_bad',
-    'num_workers',
-    'output_dir',
-    'picture_every',
-    'resume',
-    'save_every',
-    'val_path',
-}
+    'batch_size', 'compile', 'data_path', 'device', 'download_dir', 'eval_every', 'force_resume', 'grad_checkpointing',
+    'keep_every', 'knn_every', 'log_every', 'max_bad', 'num_workers', 'output_dir', 'picture_every', 'resume',
+    'save_every', 'val_path',
+}  # fmt: skip
 
 # --- Save ---------------------------------------------------------------------------------------------------------
 
@@ -182,10 +167,8 @@ def load_run(path):
     kinds = {'model': dict, 'optimizer': dict, 'scaler': dict, 'step': int, 'args': dict}
     if not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
         raise InputError(f'{path}: not a checkpoint of a training run of this project')
-    try:
+    with as_input_error(path):
         check_tensors(state['model'])
-    except InputError as error:
-        raise InputError(f'{path}: {error}') from None
     return state
 
 

@@ -9,7 +9,6 @@ a run does not depend on the number of workers or processes, and a resumed run n
 
 import os
 import random
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -159,7 +158,7 @@ class BadImages:
 
 
 @dataclass(frozen=True)
-class BatchStream(torch.utils.data.Sampler):
+class BatchStream:
     """Which (epoch, index) keys one process sees, micro-batch by micro-batch, from step start to step stop.
 
     The images of a step are total_batch consecutive ones of the epoch's permutation, whatever the number of processes
@@ -174,9 +173,6 @@ class BatchStream(torch.utils.data.Sampler):
     stop: int
     rank: int = 0
     world_size: int = 1
-
-    def __len__(self):
-        return (self.stop - self.start) * self.total_batch // (self.batch_size * self.world_size)
 
     def __iter__(self):
         steps_per_epoch = self.num_samples // self.total_batch
@@ -235,32 +231,3 @@ class Loader:
                 images = images.to(self.device, non_blocking=non_blocking)
                 targets = targets.to(self.device, non_blocking=non_blocking)
                 yield normalise(images, self.mean, self.std), targets
-
-
-# --- Waiting for data -----------------------------------------------------------------------------------------
-
-
-class Waiting:
-    """How long the device stood still within `with waiting:` blocks. A GPU may be busy while its process waits."""
-
-    def __init__(self, device):
-        self.device, self.spans = device, []
-
-    def now(self):
-        if self.device.type != 'cuda':
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()  # reached once all that was asked of the GPU before is done
-        return event
-
-    def __enter__(self):
-        self.began = self.now()
-
-    def __exit__(self, *_):
-        self.spans.append((self.began, self.now()))
-
-    def seconds(self):
-        """The sum since the last call; on a GPU only after waiting for it."""
-        spans, self.spans = self.spans, []
-        on_gpu = self.device.type == 'cuda'
-        return sum(began.elapsed_time(ended) / 1000 if on_gpu else ended - began for began, ended in spans)

@@ -34,14 +34,13 @@ def choose_device(name):
         if torch.cuda.is_available():
             return 'cuda'
         return 'mps' if torch.backends.mps.is_available() else 'cpu'
+    counts = {'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available()), 'cpu': 1}
     try:
-        kind = torch.device(name).type
-    except RuntimeError:
+        device = torch.device(name)
+        count = counts[device.type]
+    except (RuntimeError, KeyError):
         raise InputError(f'--device {name}: no such device; use cuda, mps or cpu') from None
-    if kind not in ('cuda', 'mps', 'cpu'):
-        raise InputError(f'--device {name}: not supported; use cuda, mps or cpu')
-    count = {'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available()), 'cpu': 1}[kind]
-    if (torch.device(name).index or 0) >= count:
+    if (device.index or 0) >= count:
         raise InputError(
             f'--device {name}: this machine has none, or torch {torch.__version__} cannot use it; '
             '--device cpu works everywhere'

@@ -18,9 +18,11 @@ class RunError(RuntimeError):
 
 
 @contextlib.contextmanager
-def as_input_error():
-    """Turn a ValueError raised inside into an InputError: for code whose values come from the user."""
+def as_input_error(path=None):
+    """Turn a ValueError or OSError raised inside into an InputError, about path if it is given: the user's values."""
     try:
         yield
+    except OSError as error:
+        raise InputError(f'{path or error.filename}: {error.strerror}') from None
     except ValueError as error:
-        raise InputError(str(error)) from None
+        raise InputError(f'{path}: {error}' if path else str(error)) from None

@@ -14,7 +14,7 @@ import timm
 from safetensors.torch import save
 
 from util import variants, weights
-from util.args import ArgumentParser, run
+from util.args import ArgumentParser, run_job
 from util.errors import InputError
 from util.loading import part_of
 
@@ -250,4 +250,4 @@ def main(args):
 
 
 if __name__ == '__main__':
-    run(main, get_parser())
+    run_job(main, get_parser())

@@ -9,8 +9,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2.functional import to_dtype
 
 from util import tar
-from util.errors import InputError
-from util.images import WHITE, decode_image, read_given_image
+from util.errors import InputError, as_input_error
+from util.images import WHITE, decode_image, read_image
 
 EXTENSIONS = (*IMG_EXTENSIONS, '.gif', '.npy')
 SPLITS = {'train': ['train'], 'val': ['val', 'valid', 'validation', 'test']}
@@ -90,13 +90,16 @@ def open_folder(path, split, options):
     Where there are no image files but tar files, the images in these: a tar stands for a folder of its name, and
     ..._train.tar and ..._val.tar for train/ and val/.
     """
-    try:
+    with as_input_error(path):
         entries = [entry for entry in os.scandir(path) if entry.name[0] != '.']
-    except OSError as error:
-        raise InputError(f'{path}: {error.strerror}') from None
     folders = {entry.name: entry.path for entry in entries if entry.is_dir()}
-    tars = {entry.name[:-4].rpartition('_')[2]: entry.path for entry in entries if entry.name.lower().endswith('.tar')}
-    tars = {name: tars[name] for name in tars if not folders or name in ('train', *SPLITS['val'])}
+    tars = {}
+    for entry in entries:
+        name = entry.name[:-4].rpartition('_')[2]
+        if entry.name.lower().endswith('.tar') and (not folders or name in ('train', *SPLITS['val'])):
+            if name in tars and name in ('train', *SPLITS['val']):
+                raise InputError(f'{path}: two tar files for {name}, {entry.name} and {os.path.basename(tars[name])}')
+            tars[name] = entry.path
     chosen = choose_split(tars | folders, split)
     if chosen is None and (folders or not tars):
         return None
@@ -180,7 +183,7 @@ def given_images(paths, in_chans, background):
     failed = False
     for path in image_paths(paths):
         try:
-            image = read_given_image(path, in_chans, background)
+            image = read_image(path, in_chans, background)
         except InputError as error:
             print(error, file=sys.stderr)
             failed = True
@@ -225,12 +228,9 @@ def open_list(path, options):
 
     The images are not looked for here: one that is missing is a bad image like any other.
     """
-    try:
-        with open(path, encoding='utf-8-sig', errors='surrogateescape') as file:
-            text = file.read(4096)
-            lines = [] if '\0' in text else [line.strip() for line in (text + file.read()).splitlines()]
-    except OSError as error:
-        raise InputError(f'{path}: {error.strerror}') from None
+    with as_input_error(path), open(path, encoding='utf-8-sig', errors='surrogateescape') as file:
+        text = file.read(4096)
+        lines = [] if '\0' in text else [line.strip() for line in (text + file.read()).splitlines()]
     names = [line for line in lines if line and line[0] != '#']
     if not names:
         raise InputError(f'{path}: not a folder, and not a text file that lists images, one per line')

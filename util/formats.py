@@ -84,12 +84,10 @@ def read_file(path):
         text = str(error)
         called = re.search(r'nsupported (?:global: )?GLOBAL (\S+)|unrecognized (function)', text)
         if called:
-            hint = (
-                ''
-                if start[:2] == b'PK'
-                else '; a file that is not a zip archive may hold tensors and plain values only'
-            )
-            raise InputError(f'{path}: {refusal(called[1] or "a function")}{hint}') from None
+            text = refusal(called[1] or 'a function')
+            if start[:2] != b'PK':
+                text += '; a file that is not a zip archive may hold tensors and plain values only'
+            raise InputError(f'{path}: {text}') from None
         reason = (re.findall(r'WeightsUnpickler error: (.+)', text) or text.splitlines() or [type(error).__name__])[0]
         raise InputError(f'{path}: damaged, or not a weights file ({reason})') from None
 

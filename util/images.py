@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.v2 import functional
 
-from util.errors import InputError
+from util.errors import as_input_error
 
 try:
     import simplejpeg  # faster than PIL, and equal to its pixels to the bit
@@ -22,20 +22,13 @@ ORIENTATION = 0x0112  # EXIF tag
 warnings.filterwarnings('ignore', module='PIL')  # odd metadata, large images: each worker would warn of each file
 
 
-def read_given_image(path, in_chans=3, background=WHITE):
-    """read_image of a path that a user typed. Raises InputError if it cannot be read."""
-    try:
-        return read_image(path, in_chans, background)
-    except OSError as error:
-        raise InputError(f'{path}: {error.strerror}') from None
-    except ValueError as error:
-        raise InputError(str(error)) from None
-
-
 def read_image(path, in_chans=3, background=WHITE):
-    """decode_image of a file. Raises OSError if it cannot be opened, and ValueError as decode_image does."""
-    with open(path, 'rb') as file:
-        return decode_image(file.read(), str(path), in_chans, background)
+    """decode_image of a file that a user named. Raises InputError if it cannot be read."""
+    with as_input_error(path):
+        with open(path, 'rb') as file:
+            content = file.read()
+    with as_input_error():
+        return decode_image(content, str(path), in_chans, background)
 
 
 def decode_image(content, path, in_chans=3, background=WHITE):

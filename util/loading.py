@@ -3,7 +3,6 @@
 import math
 import re
 
-import torch
 from timm.layers import PatchEmbed, resample_abs_pos_embed
 
 from util.errors import InputError
@@ -32,8 +31,8 @@ def part_of(name):
 
 def load(model, weights, complete):
     """Load Weights into a model, as util.weights.load_weights says. Returns its note; raises InputError."""
-    actual = {standard_name(name, model): name for name in model.state_dict()}
-    ours = {standard_name(name, model): tensor for name, tensor in model.state_dict().items()}
+    ours = {name.removeprefix('backbone.'): tensor for name, tensor in model.state_dict().items()}  # of LinearProbe
+    actual = dict(zip(ours, model.state_dict()))
     our_sides = find_sides(ours)
     check_size(weights, our_sides)
     state, notes = weights.state, []
@@ -53,7 +52,9 @@ def load(model, weights, complete):
         raise InputError(f'{weights.path}: {weights.origin}; it lacks norm.weight and norm.bias{hint}')
     taken = {name: tensor for name, tensor in state.items() if part_of(name) not in left_out}
     wanted = {name: tensor for name, tensor in ours.items() if part_of(name) not in fresh}
-    if 'decoder' in theirs_has & ours_has and weights.sides['C'] != our_sides['C']:  # it predicts other channels
+    if (
+        'decoder' in theirs_has & ours_has and weights.sides['in_chans'] != our_sides['in_chans']
+    ):  # it predicts other channels
         left_out, fresh = left_out | {'decoder_pred'}, fresh | {'decoder_pred'}
         for tensors in (taken, wanted):
             for name in [name for name in tensors if name.startswith('decoder_pred.')]:
@@ -73,20 +74,11 @@ def load(model, weights, complete):
     return '; '.join(summary + notes)
 
 
-def standard_name(name, model):
-    """The name that convert_state_dict gives to a model's parameter: a probe may hold its BatchNorm in two places."""
-    name = name.removeprefix('backbone.')  # of main_linprobe.LinearProbe
-    if isinstance(getattr(model, 'fc_norm', None), torch.nn.BatchNorm1d):
-        name = re.sub(r'^fc_norm\.', 'bn.', name)
-    if isinstance(getattr(model, 'head', None), torch.nn.Sequential):
-        name = re.sub(r'^head\.1\.', 'head.', re.sub(r'^head\.0\.', 'bn.', name))
-    return name
-
-
 def check_size(weights, ours):
     """Raise InputError if width, depth or patch size differ. ours: the sides of the model."""
     theirs, ours = (
-        f'width {sides["D"]}, depth {sides["depth"]} and patch size {sides["p"]}' for sides in (weights.sides, ours)
+        f'width {sides["embed_dim"]}, depth {sides["depth"]} and patch size {sides["patch_size"]}'
+        for sides in (weights.sides, ours)
     )
     if theirs != ours:
         hint = 'without --model and flags of sizes, the model follows the file'
@@ -101,7 +93,7 @@ def fit(weights, patch_embed):
         for name in {'pos_embed', 'decoder_pos_embed'} & state.keys():
             state[name] = resample_abs_pos_embed(state[name], new_grid, grid, antialias=False)  # as MAE does
         notes.append(f'position embedding resampled from {grid[0]} x {grid[1]} to {new_grid[0]} x {new_grid[1]}')
-    channels, in_chans = weights.sides['C'], patch_embed.proj.in_channels
+    channels, in_chans = weights.sides['in_chans'], patch_embed.proj.in_channels
     if channels != in_chans:
         state['patch_embed.proj.weight'] = adapt_channels(state['patch_embed.proj.weight'], in_chans)
         notes.append(f'patch embedding adapted from {channels} to {in_chans} channels')

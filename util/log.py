@@ -24,36 +24,34 @@ class Log:
     the entries after the step it resumes from, here and in TensorBoard.
 
     Args:
-        total_steps, start_step: of the whole run, and where this one starts.
-        enabled: whether this process writes.
+        run: engine.Run.
     """
 
-    def __init__(self, output_dir, total_steps, start_step, args, enabled=True):
-        self.enabled, self.total_steps, self.start_step = enabled, total_steps, start_step
-        self.output_dir, self.steps_done, self.failed = output_dir, start_step, False
-        if not enabled:
+    def __init__(self, run):
+        self.enabled, self.total_steps, self.start_step = run.rank == 0, run.schedule.total_steps, run.start
+        self.output_dir, self.steps_done, self.failed = run.args.output_dir, run.start, False
+        if not self.enabled:
             return
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import, and one process needs it
 
-        path = os.path.join(output_dir, 'log.jsonl')
-        kept = [entry for entry in read(path) if start_step and is_before(entry, start_step)]
+        path = os.path.join(self.output_dir, 'log.jsonl')
+        kept = [entry for entry in read(path) if is_before(entry, run.start)]
         header = {
             'command': shlex.join(sys.argv),
             'python': platform.python_version(),
             'torch': torch.__version__,
             'torchvision': torchvision.__version__,
             'timm': timm.__version__,
-            'args': vars(args),
+            'args': vars(run.args),
         }
         with open(path + '.tmp', 'w') as file:
             file.writelines(json.dumps(line) + '\n' for line in [header, *kept])
         os.replace(path + '.tmp', path)
         self.file = open(path, 'a')
-        self.board = SummaryWriter(output_dir, purge_step=start_step + 1 if start_step else 0)
-        self.board.add_text('run', '\n\n'.join(f'**{key}** {value}' for key, value in header.items()), start_step)
-        self.bar = tqdm(
-            total=total_steps, initial=start_step, unit='step', dynamic_ncols=True, disable=not sys.stderr.isatty()
-        )
+        self.board = SummaryWriter(self.output_dir, purge_step=run.start + 1 if run.start else 0)
+        self.board.add_text('run', '\n\n'.join(f'**{key}** {value}' for key, value in header.items()), run.start)
+        hidden = not sys.stderr.isatty()
+        self.bar = tqdm(total=self.total_steps, initial=run.start, unit='step', dynamic_ncols=True, disable=hidden)
 
     def say(self, text):
         """Print a line for the person watching."""
@@ -165,13 +163,20 @@ class Meter:
 
     def __init__(self, run, loader, say):
         self.run, self.loader, self.say = run, loader, say
-        self.waiting = data.Waiting(run.device)
         self.skipped = []  # the latest steps in a row without an update
         self.warm, self.warned = False, False
         self.reset()
 
     def reset(self):
-        self.losses, self.norms, self.began = [], [], None
+        self.losses, self.norms, self.waits, self.began = [], [], [], None
+
+    def now(self):
+        """The time; on a GPU, which may be busy while its process waits, an event that it reaches in its turn."""
+        if self.run.device.type != 'cuda':
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def timed(self, batches):
         """Yield the batches; how long each took to arrive is counted."""
@@ -179,10 +184,11 @@ class Meter:
         while True:
             if self.began is None:  # what came between the steps, such as an evaluation, is not their time
                 self.began = time.perf_counter()
-            with self.waiting:
-                batch = next(batches, None)
+            asked = self.now()
+            batch = next(batches, None)
             if batch is None:
                 return
+            self.waits.append((asked, self.now()))
             yield batch
 
     def update(self, loss, norm):
@@ -196,14 +202,15 @@ class Meter:
         *losses, bad_images = distributed.sum_over_processes(sums).tolist()
         bad.check(int(bad_images))
         norms = torch.stack(self.norms).tolist()
-        seconds = time.perf_counter() - self.began
+        seconds, on_gpu = time.perf_counter() - self.began, self.run.device.type == 'cuda'
+        waited = sum(asked.elapsed_time(came) / 1000 if on_gpu else came - asked for asked, came in self.waits)
         finite = [loss / self.run.world_size for loss, norm in zip(losses, norms) if math.isfinite(norm)]
         values = {
             'loss': sum(finite) / len(finite) if finite else math.nan,
             'lr': lr,
             'grad_norm': norms[-1],
             'images_per_s': len(losses) * self.run.schedule.total_batch_size / seconds,
-            'data_wait': self.waiting.seconds() / seconds,
+            'data_wait': waited / seconds,
         }
         if self.run.scaler.state_dict():
             values['loss_scale'] = self.run.scaler.get_scale()

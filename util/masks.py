@@ -106,7 +106,7 @@ class ShapePairs(Shapes):
         self.classes = ['background', *Shapes.classes]
 
     def __getitem__(self, index):
-        return super().__getitem__(index)[0], self.mask(index)
+        return self.picture_and_mask(index)
 
 
 def read_mask(files, number):
@@ -204,9 +204,7 @@ def open_files(path, options):
             f'{path}: no such folder or tar; images with masks come as images/ with annotations/ or masks/'
         )
     names, places = tar.load_index(tars, extensions, options.download_dir)
-    files = TarImages(path, names, options, list(tars), places)
-    files.classes = files.labels = None
-    return files
+    return TarImages(path, names, options, list(tars), places)
 
 
 def find_pairs(files, split):
@@ -226,11 +224,8 @@ def find_pairs(files, split):
     folders = {stem.split(b'/')[0] for _, stem in images.keys() | masks.keys() if b'/' in stem}
     if folders.isdisjoint(SPLITS['train'] + SPLITS['val']):
         return (images, masks) if split == 'train' else ({}, {})
-    chosen = [folder + b'/' for folder in SPLITS[split] if folder in folders][:1]
-    images, masks = (
-        {key: number for key, number in found.items() if key[1].startswith(tuple(chosen))} for found in (images, masks)
-    )
-    return images, masks
+    chosen = tuple(folder + b'/' for folder in SPLITS[split] if folder in folders)[:1]
+    return [{key: number for key, number in found.items() if key[1].startswith(chosen)} for found in (images, masks)]
 
 
 def find_classes(files, path):

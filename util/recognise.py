@@ -5,27 +5,26 @@ from dataclasses import dataclass
 
 import torch
 
-from models_mff import MODELS
+from models_mff import ENCODER, MODELS
 from util.errors import InputError
 from util.formats import inner_state
 
-# Shapes of what is used before a model of that size exists. Equal letters, equal sides.
+# Shapes of what is used before a model of that size exists. Equal names, equal sides.
 SHAPES = {
-    'patch_embed.proj.weight': ('D', 'C', 'p', 'p'),
-    'cls_token': (1, 1, 'D'),
-    'pos_embed': (1, '1+L', 'D'),
-    'blocks.0.attn.qkv.weight': ('3D', 'D'),
-    'blocks.0.attn.relative_position_bias_table': ('distances', 'heads'),
-    'blocks.0.mlp.fc1.weight': ('M', 'D'),
-    'fuse_logits': ('K', 1, 1, 1),
-    'decoder_embed.weight': ('E', 'D'),
-    'decoder_pos_embed': (1, '1+L', 'E'),
-    'head.weight': ('classes', 'D'),
+    'patch_embed.proj.weight': ('embed_dim', 'in_chans', 'patch_size', 'patch_size'),
+    'cls_token': (1, 1, 'embed_dim'),
+    'pos_embed': (1, '1 + patches', 'embed_dim'),
+    'blocks.0.attn.qkv.weight': ('3 embed_dim', 'embed_dim'),
+    'blocks.0.attn.relative_position_bias_table': ('distances', 'num_heads'),
+    'blocks.0.mlp.fc1.weight': ('mlp_dim', 'embed_dim'),
+    'fuse_logits': ('fused', 1, 1, 1),
+    'decoder_embed.weight': ('decoder_embed_dim', 'embed_dim'),
+    'decoder_pos_embed': (1, '1 + patches', 'decoder_embed_dim'),
+    'head.weight': ('classes', 'embed_dim'),
     'classifier.1.weight': ('classes', 'channels', 1, 1),
     'aux_head.2.weight': ('classes', 'aux_channels', 1, 1),
 }
 
-ENCODER = ('img_size', 'in_chans', 'patch_size', 'embed_dim', 'depth', 'num_heads', 'mlp_ratio')
 DECODER = ('decoder_embed_dim', 'decoder_depth', 'decoder_num_heads', 'fuse_layers')
 
 # What a checkpoint of this project records, where it is not a whole number from 1: type, bounds and number of values
@@ -49,7 +48,7 @@ class Weights:
     content: dict
     state: dict  # {name: tensor} with this project's names
     origin: str  # for people, such as 'mmpretrain MFF pre-training'
-    sides: dict  # {letter of SHAPES: length}, and 'depth' and 'decoder_depth'
+    sides: dict  # {name in SHAPES: length}, and 'depth' and 'decoder_depth'
     records: dict  # sizes, 'mean', 'std', 'mask_ratio' and 'crop_pct' that a checkpoint of this project records
 
     @property
@@ -79,17 +78,24 @@ def check_tensors(state):
         raise InputError(f'{name} {problem}')
 
 
+def examine(path, content, state):
+    """The Weights of a file's content, of which state is the converted form. Raises InputError as the checks do."""
+    check_tensors(state)
+    sides, records = find_sides(state), find_records(content)
+    return Weights(path, content, state, recognise(content, state), sides, records)
+
+
 def find_sides(state):
     """The lengths that SHAPES names, and the numbers of blocks. Raises InputError where a shape disagrees."""
     state = {name.removeprefix('encoder.'): tensor for name, tensor in state.items()}
     sides = {1: 1}
-    for name, letters in SHAPES.items():
+    for name, names in SHAPES.items():
         if name not in state:
             continue
         shape = tuple(state[name].shape)
-        fits = len(shape) == len(letters) and 0 not in shape
-        if not fits or any(sides.setdefault(letter, side) != side for letter, side in zip(letters, shape)):
-            raise InputError(f'{name} has shape {shape}, which does not fit ({", ".join(map(str, letters))}) of a ViT')
+        fits = len(shape) == len(names) and 0 not in shape
+        if not fits or any(sides.setdefault(key, side) != side for key, side in zip(names, shape)):
+            raise InputError(f'{name} has shape {shape}, which does not fit ({", ".join(map(str, names))}) of a ViT')
     for key, blocks in (('depth', 'blocks'), ('decoder_depth', 'decoder_blocks')):
         sides[key] = 0
         while f'{blocks}.{sides[key]}.attn.qkv.weight' in state:
@@ -135,7 +141,7 @@ def without_none(values):
 
 def find_grid(weights):
     """(rows, columns) of the patches: from the image size that this project records, or else a square."""
-    num_patches, patch_size = weights.sides['1+L'] - 1, weights.sides['p']
+    num_patches, patch_size = weights.sides['1 + patches'] - 1, weights.sides['patch_size']
     if 'img_size' in weights.records:
         rows, columns = (side // patch_size for side in weights.records['img_size'])
     else:

@@ -19,7 +19,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
 from util import data, workers
-from util.args import ArgumentParser, ImageSize, number, run
+from util.args import ArgumentParser, ImageSize, number, run_job
 from util.errors import InputError, RunError
 from util.folders import EXTENSIONS, ImageFiles, Options, find_files
 from util.images import WHITE
@@ -149,4 +149,4 @@ def copy(copies, args):
 
 
 if __name__ == '__main__':
-    run(main, get_parser())
+    run_job(main, get_parser())

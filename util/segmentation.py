@@ -1,6 +1,7 @@
 """Semantic segmentation: samples, loss, sliding window and IoU, as in mmsegmentation's configs/mae."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn.functional import cross_entropy, interpolate, pad
@@ -10,6 +11,7 @@ from util import data, distributed, transforms
 from util.transforms import IGNORE, PADDING, fitted_size
 
 AUX_WEIGHT = 0.4
+enlarge = partial(interpolate, mode='bilinear', align_corners=False)  # (x, size)
 CHUNK_BYTES = 256e6  # of enlarged logits at a time
 
 
@@ -19,13 +21,10 @@ class PairSamples(data.Samples):
     def __getitem__(self, key):
         epoch, index = key
         image, mask, problem = self.read(epoch, index)
-        data.seed_generators(self.seed, epoch, index)
-        return *self.transform(image, mask), problem
-
-
-def unchanged(image, mask):
-    """The transform of evaluation."""
-    return image, mask
+        if self.transform is not None:  # None in evaluation
+            data.seed_generators(self.seed, epoch, index)
+            image, mask = self.transform(image, mask)
+        return image, mask, problem
 
 
 def fill_padding(imgs, masks):
@@ -97,10 +96,6 @@ def segment(model, imgs, window, size):
     return torch.cat(strips, dim=1)
 
 
-def enlarge(x, size):
-    return interpolate(x, size, mode='bilinear', align_corners=False)
-
-
 def slide(model, imgs, size, stride):
     """Logits of windows over imgs (1, C, h, w), averaged where they overlap -> (1, K, h, w) float.
 
@@ -154,13 +149,6 @@ def scores(confusion):
 
 
 # --- Evaluation ---------------------------------------------------------------------------------------------------
-
-
-def validation_loader(args, samples, settings, device):
-    """This process's share of whole images, one at a time, as their sizes differ; unreadable ones are left out."""
-    keys = data.fixed_batches(len(samples), 1, *distributed.world())
-    bad = data.BadImages(len(samples), args.max_bad, args.output_dir)
-    return data.Loader(samples, keys, device, (settings.mean, settings.std), args.num_workers, bad, leave_out=True)
 
 
 @torch.no_grad()

@@ -37,18 +37,17 @@ SHAPES = {
 
 
 class Shapes:
-    """length labelled pictures (uint8 (3, H, W), label in 0..9) of a split ('train' or 'val')."""
+    """Labelled pictures (uint8 (3, H, W), label in 0..9) of a split ('train' or 'val')."""
 
     classes = list(SHAPES)
 
-    def __init__(self, split='train', size=(32, 32), length=None):
+    def __init__(self, split='train', size=(32, 32)):
         self.stream, self.size = ['train', 'val'].index(split), tuple(size)
-        self.length = length or (20_000, 2_000)[self.stream]
-        self.labels = np.arange(self.length) % len(self.classes)
+        self.labels = np.arange((20_000, 2_000)[self.stream]) % len(Shapes.classes)
         self.drawn = {}
 
     def __len__(self):
-        return self.length
+        return len(self.labels)
 
     def name(self, index):
         return str(index).encode()
@@ -59,11 +58,8 @@ class Shapes:
     def __getitem__(self, index):
         return self.picture_and_mask(index)[0], int(self.labels[index])
 
-    def mask(self, index):
-        """uint8 (H, W): 1 + label where the large shape is seen, 0 elsewhere."""
-        return self.picture_and_mask(index)[1]
-
     def picture_and_mask(self, index):
+        """uint8 (3, H, W), and uint8 (H, W): 1 + label where the large shape is seen, 0 elsewhere."""
         if index in self.drawn:
             return self.drawn[index]
         picture, mask = map(torch.from_numpy, self.draw(index))

@@ -9,7 +9,6 @@ is None where it is not known.
 import contextlib
 import hashlib
 import os
-import urllib.error
 
 import numpy as np
 import torchvision.datasets
@@ -80,7 +79,7 @@ def check_same_classes(ours, theirs, here, there):
     differences = []
     for extra, place in ((set(ours) - set(theirs), here), (set(theirs) - set(ours), there)):
         if extra:
-            names = ', '.join(sorted(map(str, extra))[:5])
+            names = ', '.join(sorted(extra)[:5])
             differences.append(f'{names}{", ..." if len(extra) > 5 else ""} only in {place}')
     if differences or list(ours) != list(theirs):
         raise InputError(f'the classes differ: {"; ".join(differences) or "their order"}')
@@ -186,9 +185,10 @@ class TorchvisionImages:
     def __init__(self, name, dataset, options):
         self.title, self.dataset, self.options = name, dataset, options
         self.labels = self.find_labels()
-        self.classes = getattr(dataset, 'classes', None) or getattr(dataset, 'categories', None)
-        if not self.classes and self.labels is not None:  # SVHN, for one, only numbers them
-            self.classes = [str(label) for label in range(1 + self.labels.max())]
+        names = getattr(dataset, 'classes', None) or getattr(dataset, 'categories', None)
+        if not names and self.labels is not None:  # SVHN, for one, only numbers them
+            names = range(1 + self.labels.max())
+        self.classes = names and [', '.join(name) if isinstance(name, tuple) else str(name) for name in names]
 
     def find_labels(self):
         """The labels (N,), or None: torchvision has no common name for them."""
@@ -259,7 +259,7 @@ def create_or_download(path, dataset_class, arguments, options):
             raise InputError(f'{missing}; start once without torchrun to download it') from None
     try:
         return dataset_class(root=options.download_dir, **arguments, download=True)
-    except (RuntimeError, OSError, urllib.error.URLError) as error:
+    except (RuntimeError, OSError) as error:
         reason = ' '.join(str(getattr(error, 'reason', error)).split())
         if not existed:  # torchvision has made the folder
             with contextlib.suppress(OSError):  # not empty

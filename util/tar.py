@@ -15,7 +15,7 @@ import tarfile
 import numpy as np
 from tqdm import tqdm
 
-from util.errors import InputError
+from util.errors import InputError, as_input_error
 
 COMPRESSED = ('.tar.gz', '.tgz', '.tar.bz2', '.tbz2', '.tar.xz', '.txz', '.tar.zst')
 
@@ -33,10 +33,8 @@ def load_index(tars, extensions, cache_dir):
     Raises:
         InputError: if a tar cannot be read to its end.
     """
-    try:
+    with as_input_error():
         versions = [(os.path.realpath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in tars]
-    except OSError as error:
-        raise InputError(f'{error.filename}: {error.strerror}') from None
     key = hashlib.sha256(repr((versions, list(tars.values()), extensions)).encode()).hexdigest()[:16]
     cache = os.path.join(cache_dir, f'tar-index-{key}.npz')
     try:

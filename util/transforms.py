@@ -40,6 +40,8 @@ class PaddedCrop(v2.RandomCrop):
     """
 
     def transform(self, image, params):
+        if min(self.size) <= 8:  # the reflection may reach beyond what the crop has inside
+            return super().transform(image, params)
         left, top = params['left'] - params['padding'][0], params['top'] - params['padding'][1]
         right, bottom = left + self.size[1], top + self.size[0]
         inside = image.numpy()[:, max(top, 0) : bottom, max(left, 0) : right]
@@ -57,7 +59,7 @@ def pretrain_transform(size, crop='simple'):
     if crop == 'simple':
         if min(size) <= 4:
             raise InputError(f'--input_size {size[0]} {size[1]}: --crop simple pads by 4 pixels and needs more')
-        spatial = [Cover(size), PaddedCrop(size, padding=4)]
+        spatial = [Cover(size), PaddedCrop(size, padding=4, padding_mode='reflect')]
     elif crop == 'none':
         spatial = [Cover(size), v2.CenterCrop(size)]
     else:

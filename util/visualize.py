@@ -25,10 +25,10 @@ from matplotlib.patches import Patch
 from PIL import Image, ImageDraw
 
 from util import log, transforms
-from util.args import ArgumentParser, number, run
+from util.args import ArgumentParser, number, run_job
 from util.errors import InputError
 from util.folders import image_paths
-from util.images import read_given_image
+from util.images import read_image
 from util.weights import load_encoder, load_model, random_encoder
 
 # --- Reconstruction -----------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def read_curves(output_dir):
     curves = {}
     for entry in log.read(os.path.join(output_dir, 'log.jsonl')):
         for name, value in entry.items():
-            if name in LOSSES or name in ACCURACIES or name.startswith('fusion/'):
+            if 'epoch' in entry and (name in LOSSES or name in ACCURACIES or name.startswith('fusion/')):
                 curves.setdefault(name, []).append((entry['epoch'], np.nan if value is None else value))
     return curves
 
@@ -331,7 +331,7 @@ def read_images(paths, settings, most=None):
         InputError: if there are none, or one cannot be read.
     """
     transform = transforms.centre_transform(settings.sizes['img_size'])
-    images = [transform(read_given_image(path, settings.sizes['in_chans'])) for path in image_paths(paths, most)]
+    images = [transform(read_image(path, settings.sizes['in_chans'])) for path in image_paths(paths, most)]
     return torch.stack([transforms.normalise(image, settings.mean, settings.std) for image in images])
 
 
@@ -367,12 +367,11 @@ def draw_spectrum(args):
         torch.manual_seed(args.seed)
         _, settings = next(iter(encoders.values()))
         encoders['random weights'] = random_encoder(settings.sizes), settings
-    return spectrum_figure(
-        {
-            title: block_features(encoder.eval(), read_images(args.images, settings, most=100))
-            for title, (encoder, settings) in encoders.items()
-        }
-    )
+    features = {
+        title: block_features(encoder, read_images(args.images, settings, most=100))
+        for title, (encoder, settings) in encoders.items()
+    }
+    return spectrum_figure(features)
 
 
 def main(args):
@@ -422,4 +421,4 @@ def get_parser():
 
 
 if __name__ == '__main__':
-    run(main, get_parser())
+    run_job(main, get_parser())

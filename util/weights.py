@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from models_mff import (
+    ENCODER,
     MODELS,
     MaskedAutoencoderMFF,
-    check_fuse_layers,
     check_image_size,
+    check_layers,
     check_width,
     create_encoder,
     default_fuse_layers,
@@ -23,33 +24,9 @@ from util import variants
 from util.errors import InputError, as_input_error
 from util.formats import convert_state_dict, read_file
 from util.loading import load
-from util.recognise import (
-    DECODER,
-    ENCODER,
-    Weights,
-    check_tensors,
-    find_grid,
-    find_records,
-    find_sides,
-    recognise,
-    without_none,
-)
+from util.recognise import DECODER, examine, find_grid, without_none
 
 # --- A file -------------------------------------------------------------------------------------------------------
-
-
-def read_weights(path):
-    """Read a weights file of any known origin.
-
-    Returns:
-        state: {name: tensor} with this project's names.
-        origin: what it is, for people, such as 'mmpretrain MFF pre-training'.
-
-    Raises:
-        InputError: as read does.
-    """
-    weights = read(path)
-    return weights.state, weights.origin
 
 
 def read(path):
@@ -67,12 +44,8 @@ def read(path):
     if not names.issuperset(['patch_embed.proj.weight', 'cls_token', 'pos_embed', 'blocks.0.attn.qkv.weight']):
         first = ', '.join(list(state)[:3]) or 'nothing'
         raise InputError(f'{path}: not the weights of a known ViT (it holds {first}, ...)')
-    try:
-        check_tensors(state)
-        sides, records = find_sides(state), find_records(content)
-    except InputError as error:
-        raise InputError(f'{path}: {error}') from None
-    return Weights(path, content, state, recognise(content, state), sides, records)
+    with as_input_error(path):
+        return examine(path, content, state)
 
 
 # --- What a model is built with -----------------------------------------------------------------------------------
@@ -98,8 +71,8 @@ class Settings:
         return getattr(self.flags, 'crop_pct', None) or 0.875
 
 
-def file_settings(path):
-    """The Settings of a checkpoint of any known origin.
+def settings_of(weights):
+    """The Settings of a checkpoint of any known origin, as read gives it.
 
     Widths, depths, patch size and channels are those of its tensors. The rest is what it records, or else the usual:
     a square image; the heads of the size in MODELS of that width, or one per 64 channels; ImageNet's mean and std for 3
@@ -107,18 +80,14 @@ def file_settings(path):
     norm_pix_loss is None and mask_ratio 0.75 where the file does not record them.
 
     Raises:
-        InputError: as read_weights, and if what it records contradicts its tensors.
+        InputError: if what it records contradicts its tensors.
     """
-    return settings_of(read(path))
-
-
-def settings_of(weights):
     sides, records, content = weights.sides, weights.records, weights.content
     sizes = usual_sizes(weights) | {key: records[key] for key in ENCODER + DECODER if key in records}
     shown = shown_sizes(weights)
-    mean, std = (records.get(key, default_statistics(sides['C'])[key]) for key in ('mean', 'std'))
-    if not len(mean) == len(std) == sides['C']:
-        raise InputError(f'{weights.path}: it records mean {mean} and std {std} for {sides["C"]} channels')
+    mean, std = (records.get(key, default_statistics(sides['in_chans'])[key]) for key in ('mean', 'std'))
+    if not len(mean) == len(std) == sides['in_chans']:
+        raise InputError(f'{weights.path}: it records mean {mean} and std {std} for {sides["in_chans"]} channels')
     flags, classes = argparse.Namespace(norm_pix_loss=None, mask_ratio=0.75), None
     if weights.is_ours:
         vars(flags).update(without_none(content['args']))
@@ -140,30 +109,22 @@ def fused(weights):
 def shown_sizes(weights):
     """The sizes that the shapes of a file's tensors show."""
     sides = weights.sides
-    sizes = {
-        'img_size': tuple(side * sides['p'] for side in find_grid(weights)),
-        'in_chans': sides['C'],
-        'patch_size': sides['p'],
-        'embed_dim': sides['D'],
-        'depth': sides['depth'],
-    }
-    if 'heads' in sides:
-        sizes['num_heads'] = sides['heads']
-    if 'M' in sides:
-        sizes['mlp_ratio'] = sides['M'] / sides['D']
-    if 'E' in sides:
-        sizes |= {'decoder_embed_dim': sides['E'], 'decoder_depth': sides['decoder_depth']}
+    names = ENCODER + (DECODER if 'decoder_embed_dim' in sides else ())
+    sizes = {name: sides[name] for name in names if name in sides}
+    sizes['img_size'] = tuple(side * sides['patch_size'] for side in find_grid(weights))
+    if 'mlp_dim' in sides:
+        sizes['mlp_ratio'] = sides['mlp_dim'] / sides['embed_dim']
     return sizes
 
 
 def usual_sizes(weights):
     """Those of the size in MODELS that has the file's width, or else the base model's."""
-    width, depth, decoder = (weights.sides.get(key) for key in ('D', 'depth', 'E'))
+    width, depth, decoder = (weights.sides.get(key) for key in ('embed_dim', 'depth', 'decoder_embed_dim'))
     sizes = MODELS['vit_base_patch16'] | {'num_heads': max(1, width // 64)}
     sizes = next((model for model in MODELS.values() if model['embed_dim'] == width), sizes)
     choices = fuse_layer_choices(width, depth)
     if fused(weights):
-        choices = [layers for layers in choices if len(layers) == weights.sides.get('K')] or [None]
+        choices = [layers for layers in choices if len(layers) == weights.sides.get('fused')] or [None]
     elif decoder:
         choices = [(depth - 1,)]  # MAE
     sizes = sizes | {'fuse_layers': choices[0]}
@@ -195,9 +156,9 @@ def settle(args):
         Settings, whose notes name each flag that differs from the checkpoint.
 
     Raises:
-        InputError: as file_settings, or if the sizes do not fit together.
+        InputError: as read and settings_of, or if the sizes do not fit together.
     """
-    file = file_settings(args.init_from) if args.init_from else None
+    file = settings_of(read(args.init_from)) if args.init_from else None
     given = without_none({key: getattr(args, FLAGS.get(key, key), None) for key in ENCODER + DECODER})
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     base = base_sizes(args.model, file)
@@ -212,7 +173,7 @@ def settle(args):
         check_width(sizes['embed_dim'], sizes['num_heads'])
         if pretraining:
             check_width(sizes['decoder_embed_dim'], sizes['decoder_num_heads'], 'decoder_')
-            check_fuse_layers(sizes['fuse_layers'], sizes['depth'])
+            check_layers('fuse_layers', sizes['fuse_layers'], sizes['depth'])
 
     statistics = default_statistics(sizes['in_chans'])
     if file and file.sizes['in_chans'] == sizes['in_chans']:
@@ -270,7 +231,7 @@ def load_weights(model, path, complete=False):
         One line: what was read, left out, freshly initialised, resampled and adapted.
 
     Raises:
-        InputError: as read_weights, and if anything else is missing, too much, or of another shape.
+        InputError: as read, and if anything else is missing, too much, or of another shape.
     """
     return load(model, read(path), complete)
 
@@ -279,7 +240,7 @@ def load_model(path):
     """(MaskedAutoencoderMFF in eval mode, Settings) of a pre-training checkpoint of any known origin.
 
     Files that do not record how their pixels were predicted count as standardised in each patch; flags keep the None.
-    Raises InputError as file_settings and load_weights do, and if the file has no decoder.
+    Raises InputError as read, settings_of and load_weights do, and if the file has no decoder.
     """
     weights = read(path)
     settings = settings_of(weights)

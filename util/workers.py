@@ -48,19 +48,17 @@ def ignore_signals(worker):
 
 
 def start_workers(loader):
-    """iter(loader) of a DataLoader with worker_options, whose workers are killed when Python exits.
-
-    They ignore SIGTERM, by which Python would end them, and it would wait for them for ever.
-    """
-    others = multiprocessing.active_children()
+    """iter(loader) of a DataLoader with worker_options, whose workers are killed when Python exits."""
     batches = iter(loader)
-    workers = [process for process in multiprocessing.active_children() if process not in others]
-    if workers:
-        atexit.register(kill, workers)
+    atexit.unregister(kill_workers)
+    atexit.register(kill_workers)  # after torch's own, to run before it
     return batches
 
 
-def kill(workers):
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each
+def kill_workers():
+    """Kill the loaders' workers: they ignore SIGTERM, by which Python would end them, and it would wait for ever."""
+    workers = [process for process in multiprocessing.active_children() if process.daemon]
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each
     for process in workers:
         process.kill()
