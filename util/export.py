@@ -190,10 +190,8 @@ def make_config(settings, encoder):
 def model_card(file, settings, config):
     """README.md: what the weights are, and how to load them."""
     sizes, flags, num_classes = settings.sizes, settings.flags, config['num_classes']
-    name, is_pretraining = (
-        str(getattr(flags, 'model', 'ViT')).removeprefix('mff_'),
-        'decoder_embed.weight' in file.state,
-    )
+    name = str(getattr(flags, 'model', 'ViT')).removeprefix('mff_')
+    is_pretraining = 'decoder_embed.weight' in file.state
     if not is_pretraining:
         tags, title = 'timm', f'{"Classifier" if num_classes else "Encoder"} {name}'
         method = 'Trained with a PyTorch implementation of MFF, which is'
