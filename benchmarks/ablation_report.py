@@ -159,7 +159,8 @@ def curves_figure(groups):
             values = zip(*([value for _, value in points] for points in group.values()))
             epochs = [epoch for epoch, _ in next(iter(group.values()))]
             mean = list(map(statistics.fmean, values))
-            axes.plot(epochs, mean, color=colours[variant], linewidth=2, label=f'{variant}, {len(group)} seeds')
+            label = f'{variant}, {len(group)} seed{"s" if len(group) > 1 else ""}'
+            axes.plot(epochs, mean, color=colours[variant], linewidth=2, label=label)
         axes.set_title(MEASURES[name])
         finish(axes, 'epoch', '' if name == 'val_loss' else 'accuracy, %')
     return figure
