@@ -104,6 +104,15 @@ def test_pretraining(size, channels, fuse_layers, recorded, tmp_path, capsys):
     assert f'({kind})\n' in card and ('mff]' in card) == (kind == 'MFF')
 
 
+@pytest.mark.parametrize('recorded, row', [(True, 'standardised in each patch'), (False, 'as they are'), (None, None)])
+def test_the_card_says_how_pixels_were_predicted_where_it_is_known(recorded, row, tmp_path):
+    model = randomise(MaskedAutoencoderMFF(**model_sizes('vit_nano_patch4', img_size=16)))
+    flags = {'model': 'vit_nano_patch4', 'input_size': [16, 16], 'norm_pix_loss': recorded, 'crop': ['odd']}
+    card = (exported(checkpoint(model, **flags), tmp_path) / 'README.md').read_text()
+    assert (f'| pixels predicted | {row} |' in card) if row else 'pixels predicted' not in card
+    assert '| crop |' not in card
+
+
 @pytest.mark.parametrize('global_pool', ['avg', 'token', 'probe'])
 def test_classifier(global_pool, tmp_path):
     model, classes = classifier(global_pool), ['cat', 'dog', 'owl']

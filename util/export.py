@@ -205,10 +205,11 @@ def model_card(file, settings, config):
         method = 'Method: [arXiv 2308.00261](https://arxiv.org/abs/2308.00261)'
     channels, height, width = config['pretrained_cfg']['input_size']
     step, epoch, top1 = (file.content.get(key) for key in ('step', 'epoch', 'best_top1'))
+    pixels = {'True': 'standardised in each patch', 'False': 'as they are'}
     rows = {
         'architecture': f'{name}, {sizes["embed_dim"]} wide, {sizes["depth"]} blocks, patch {sizes["patch_size"]}',
         'input': f'{channels} x {height} x {width}, mean {flatten(settings.mean)}, std {flatten(settings.std)}',
-        'trained': step and f'{epoch} epochs, {step} steps',
+        'trained': None if step is None else f'{epoch} epochs, {step} steps',
         'classes': num_classes or None,
         'training images': file.content.get('num_images'),
         'top-1, validation images': f'{top1:.2f} %' if isinstance(top1, float) and top1 >= 0 else None,
@@ -217,8 +218,8 @@ def model_card(file, settings, config):
         rows |= {
             'fused blocks': flatten(sizes['fuse_layers']),
             'mask ratio': flags.mask_ratio,
-            'crop': {'simple': "simple, MFF's", 'rrc': "random resized, MAE's"}.get(getattr(flags, 'crop', None)),
-            'pixels predicted': 'standardised in each patch' if flags.norm_pix_loss else 'as they are',
+            'crop': {'simple': "simple, MFF's", 'rrc': "random resized, MAE's"}.get(str(getattr(flags, 'crop', None))),
+            'pixels predicted': pixels.get(str(flags.norm_pix_loss)),  # not known of every file
             **({} if variants.is_default(flags) else variants.chosen(flags)),
         }
     return MODEL_CARD.format(

@@ -93,11 +93,11 @@ def open_folder(path, split, options):
     with as_input_error(path):
         entries = [entry for entry in os.scandir(path) if entry.name[0] != '.']
     folders = {entry.name: entry.path for entry in entries if entry.is_dir()}
-    tars = {}
+    tars, splits = {}, ('train', *SPLITS['val'])
     for entry in entries:
         name = entry.name[:-4].rpartition('_')[2]
-        if entry.name.lower().endswith('.tar') and (not folders or name in ('train', *SPLITS['val'])):
-            if name in tars and name in ('train', *SPLITS['val']):
+        if entry.name.lower().endswith('.tar') and (not folders or name in splits):
+            if name in tars and name in splits:
                 raise InputError(f'{path}: two tar files for {name}, {entry.name} and {os.path.basename(tars[name])}')
             tars[name] = entry.path
     chosen = choose_split(tars | folders, split)

@@ -52,9 +52,8 @@ def load(model, weights, complete):
         raise InputError(f'{weights.path}: {weights.origin}; it lacks norm.weight and norm.bias{hint}')
     taken = {name: tensor for name, tensor in state.items() if part_of(name) not in left_out}
     wanted = {name: tensor for name, tensor in ours.items() if part_of(name) not in fresh}
-    if (
-        'decoder' in theirs_has & ours_has and weights.sides['in_chans'] != our_sides['in_chans']
-    ):  # it predicts other channels
+    # The last layer of a decoder predicts pixels of the file's channels.
+    if 'decoder' in theirs_has & ours_has and weights.sides['in_chans'] != our_sides['in_chans']:
         left_out, fresh = left_out | {'decoder_pred'}, fresh | {'decoder_pred'}
         for tensors in (taken, wanted):
             for name in [name for name in tensors if name.startswith('decoder_pred.')]:
