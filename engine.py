@@ -137,6 +137,9 @@ def describe(run, model, job):
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     height, width = sizes['img_size']
+    files = 3 if 'classes' in run.record else 2  # the last, the one before, the best
+    if run.args.keep_every:
+        files += schedule.total_steps // schedule.steps_per_epoch // run.args.keep_every
     lines = [
         job,
         f'model: ViT, {sizes["depth"]} blocks x {sizes["embed_dim"]}, patch {sizes["patch_size"]}, images '
@@ -145,7 +148,7 @@ def describe(run, model, job):
         f'{schedule.total_batch_size} = {schedule.batch_size} x {run.world_size} processes x {schedule.accumulation} '
         'accumulated',
         f'training: steps {run.start} to {schedule.total_steps}, peak learning rate {schedule.lr:.3g}',
-        f'disk: {3 if "classes" in run.record else 2} checkpoints of {4e-6 * (parameters + 2 * trained):.0f} MB in '
+        f'disk: {files} checkpoints of {4e-6 * (parameters + 2 * trained):.0f} MB in '
         f'{output_dir}, and one more while it saves',  # AdamW keeps two numbers for each one that is trained
     ]
     if schedule.lr < 1e-4 * math.sqrt(schedule.total_batch_size / 256):

@@ -106,7 +106,8 @@ def main(args):
             flags = f'--val_path {args.val_path} {flags}'
         elif args.val_share:
             flags = f'--val_share {args.val_share:g} {flags}'
-        probe = '--features FEATURES.npz' if train_source.labels is None else '--knn 20'
+        labelled = val_source is not None and train_source.labels is not None
+        probe = '--knn 20' if labelled else '--features FEATURES.npz'
         print(
             f'{done}. In {args.output_dir}: {checkpoint.LAST}, reconstruction.png, log.jsonl, TensorBoard events\n'
             f'  curves:          tensorboard --logdir {args.output_dir}\n'

@@ -127,8 +127,7 @@ def settle(args):
         InputError: as weights.settle, or if --scale leaves images smaller than a crop.
     """
     settings = weights.settle(args)
-    file = weights.read(args.init_from) if args.init_from else None
-    sides = file.sides if file and file.is_segmenter else {}
+    sides = settings.segmenter
     flags = settings.flags if sides else argparse.Namespace()
 
     def choose(name, usual):

@@ -268,7 +268,7 @@ def check_layers(name, layers, depth):
 
 
 def default_fuse_layers(depth):
-    """Fused layers for any depth: every second to fourth block from 0, and the last.
+    """Fused layers for any depth: every block, or every second to fourth, from 0, and the last.
 
     Gives the paper's choice at depth 12 and that of public uses of MFF at depths 24 and 32.
     """

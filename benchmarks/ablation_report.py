@@ -162,7 +162,9 @@ def curves_figure(groups):
             label = f'{variant}, {len(group)} seed{"s" if len(group) > 1 else ""}'
             axes.plot(epochs, mean, color=colours[variant], linewidth=2, label=label)
         axes.set_title(MEASURES[name])
-        finish(axes, 'epoch', '' if name == 'val_loss' else 'accuracy, %')
+        finish(axes, 'epoch', 'loss' if name == 'val_loss' else 'accuracy, %', ncols=0)
+    labels = axes.get_legend_handles_labels()  # the same in all panels
+    figure.legend(*labels, loc='outside lower center', ncols=min(5, len(labels[0])), frameon=False)
     return figure
 
 

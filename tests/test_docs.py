@@ -54,7 +54,7 @@ def commands():
                 yield pytest.param(line, id=f'{page.name}: {line[:70].strip()}')
 
 
-@pytest.mark.parametrize('line', commands())
+@pytest.mark.parametrize('line', list(commands()))
 def test_commands_parse(line):
     """Flags and recipes of the jobs as the documents call them."""
     name, *flags = shlex.split(line)

@@ -79,7 +79,8 @@ def reconstruction_figure(model, imgs, statistics, mask_ratio=0.75, noise=None):
         axes.set_title(title, fontsize=10)
         axes.axis('off')
     how = 'with the true mean and deviation of each patch' if model.norm_pix_loss else 'pixels as predicted'
-    figure.text(0.5, 0.1 / (column + 0.7), f'{mask_ratio:.0%} of the patches hidden; {how}', fontsize=8, ha='center')
+    caption = f'{mask_ratio:.0%} of the patches hidden, and only these are trained; {how}'
+    figure.text(0.5, 0.1 / (column + 0.7), caption, fontsize=8, ha='center')
     return figure
 
 
@@ -305,9 +306,11 @@ def depth_colour(block, last):
 
 
 def finish(axes, xlabel, ylabel, ncols=1):
-    """Labels, grid, and a legend below the axes, where it covers nothing."""
+    """Labels, grid, and, if ncols, a legend below the axes, where it covers nothing."""
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
+    if not ncols:
+        return
     axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.16), ncols=ncols, fontsize=8, frameon=False)
 
 

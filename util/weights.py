@@ -63,6 +63,7 @@ class Settings:
     notes: tuple = ()  # a line for each flag that differs from the checkpoint
     flags: argparse.Namespace = field(default_factory=argparse.Namespace)  # of that run, if it was one of this project
     classes: list | None = None  # their names
+    segmenter: dict = field(default_factory=dict)  # the lengths of its head ('channels' and so on), if it is one
     known: frozenset = frozenset()  # the sizes, 'mean' and 'std' that the file records or shows; others are the usual
 
     @property
@@ -99,7 +100,8 @@ def settings_of(weights):
     known = records.keys() | shown.keys()
     if fused(weights):
         known = known | {'fuse_layers'}
-    return Settings(sizes | shown, mean, std, flags=flags, classes=classes, known=frozenset(known))
+    segmenter = sides if weights.is_segmenter else {}
+    return Settings(sizes | shown, mean, std, flags=flags, classes=classes, segmenter=segmenter, known=frozenset(known))
 
 
 def fused(weights):
