@@ -1,7 +1,7 @@
 """A copy of a folder of images, resized once: --crop simple starts with the same resize of every image in every epoch.
 
     python -m util.resize IMAGENET IMAGENET_224 --size 224                 # JPEG of quality 95
-    python -m util.resize IMAGENET IMAGENET_224 --size 224 --lossless      # the same pixels, seven times the JPEGs' size
+    python -m util.resize IMAGENET IMAGENET_224 --size 224 --lossless      # the same pixels, seven times the JPEGs
     python main_pretrain.py @recipes/vit_base_300e_pretrain.txt --data_path IMAGENET_224
 
 The copy has the folders and names of the source. Each image keeps the smallest size that covers --size, so that a crop
