@@ -124,7 +124,8 @@ def predict(args):
     settings = weights.settle(args)
     if not settings.classes:
         raise InputError(f'{args.init_from}: not a fine-tuned checkpoint of this project; it names no classes')
-    model = create_encoder(settings.sizes, 'avg')
+    with as_input_error():
+        model = create_encoder(settings.sizes, 'avg')
     give_head(model, len(settings.classes))
     weights.load_weights(model, args.init_from, complete=True)
     device = distributed.start(distributed.choose_device(args.device), join=False)

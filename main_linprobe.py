@@ -131,14 +131,8 @@ def report_features(args, encoder, settings, train_source, val_source, origin):
     distributed.stop()
 
 
-class Numbered:
-    """A source whose labels are the numbers of its images."""
-
-    def __init__(self, source):
-        self.source, self.path = source, source.path
-
-    def __len__(self):
-        return len(self.source)
+class Numbered(sources.Part):
+    """Images of a source, whose labels are their numbers in it."""
 
     def __getitem__(self, index):
         return self.source[index][0], index
@@ -157,21 +151,24 @@ def write_features(args, encoder, settings):
     if len(parts) == 2 and None not in (parts[0].classes, parts[1].classes):
         sources.check_same_classes(parts[0].classes, parts[1].classes, 'the training images', 'the validation images')
     origin = engine.initial_weights(args, encoder, settings)
+    with as_input_error():
+        open(args.features, 'ab').close()  # before the work, as it may not be writable
     device = distributed.start(distributed.choose_device(args.device), join=False)
     encoder.to(device)
     names, labels, arrays = [], [], []
     for source in parts:
-        found, numbers = extract(args, encoder, settings, Numbered(source), device)
+        found, numbers = extract(args, encoder, settings, Numbered(source, np.arange(len(source))), device)
         names += [source.path(number) for number in numbers.tolist()]
         labels.append(np.full(len(numbers), -1) if source.labels is None else source.labels[numbers.numpy()])
         arrays.append(found)
-    np.savez(
-        args.features,
-        names=np.array(names),
-        labels=np.concatenate(labels),
-        classes=np.array(parts[0].classes or []),
-        **{name.replace(' ', '_'): torch.cat([part[name] for part in arrays]).numpy() for name in arrays[0]},
-    )
+    with as_input_error(args.features):
+        np.savez(
+            args.features,
+            names=np.array(names),
+            labels=np.concatenate(labels),
+            classes=np.array(next((part.classes for part in parts if part.classes), [])),
+            **{name.replace(' ', '_'): torch.cat([part[name] for part in arrays]).numpy() for name in arrays[0]},
+        )
     bad = sum(map(len, parts)) - len(names)
     unreadable = f' ({bad} cannot be read)' if bad else ''
     print(f'Wrote the features of {len(names)} images{unreadable} to {args.features}; {origin}')

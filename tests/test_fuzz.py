@@ -21,7 +21,7 @@ from models_mff import MaskedAutoencoderMFF, create_encoder, model_sizes
 from models_upernet import UperNet
 from util import checkpoint, export, sources, tar, weights
 from util.args import run_job
-from util.errors import InputError
+from util.errors import InputError, as_input_error
 from util.images import decode_image
 
 fuzz = settings(
@@ -333,7 +333,8 @@ def use(path, action):
         return weights.settle(SimpleNamespace(**flags, **dict.fromkeys(weights.DECODER)))
     if action == 'fine-tune':
         settings = weights.settle(SimpleNamespace(**flags))
-        model = create_encoder(settings.sizes, global_pool='token')
+        with as_input_error():
+            model = create_encoder(settings.sizes, global_pool='token')
         weights.load_weights(model, path)
         return model
     if action == 'export':

@@ -132,8 +132,10 @@ def test_features_belong_to_their_names(images, pretrained, tmp_path):
         assert np.abs(tokens[0, 0].detach().numpy() - found['cls_token'][row]).max() < 0.1
 
 
-@pytest.mark.parametrize('classes, checkpoints', [({}, 2), ({'classes': ['a', 'b']}, 3)])
-def test_disk_is_that_of_the_files(classes, checkpoints):
+@pytest.mark.parametrize(
+    'classes, keep_every, checkpoints', [({}, None, 2), ({'classes': ['a', 'b']}, None, 3), ({}, 2, 4)]
+)
+def test_disk_is_that_of_the_files(classes, keep_every, checkpoints):
     sizes = model_sizes('vit_nano_patch4', embed_dim=256, depth=6)
     model = MaskedAutoencoderMFF(**sizes)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -144,8 +146,9 @@ def test_disk_is_that_of_the_files(classes, checkpoints):
     args = types.SimpleNamespace(
         total_batch_size=2,
         batch_size=None,
-        epochs=1,
+        epochs=5,
         warmup_epochs=None,
+        keep_every=keep_every,
         lr=1e-3,
         min_lr=0,
         data_path='',
@@ -175,6 +178,7 @@ def test_disk_is_that_of_the_files(classes, checkpoints):
         ('finetune', ['--data_path', '{images}'], 'hold some out with --val_share 0.1'),
         ('finetune', ['--data_path', '{images}', '--init_from', '{run}'], 'such as {run}/checkpoint-last.pth'),
         ('linprobe', ['--data_path', '{images}', '--features', 'out'], '--features out: must end in .npz'),
+        ('linprobe', ['--data_path', '{images}', '--features', '{folder}'], '.npz: Is a directory'),
         ('finetune', ['--eval', '--data_path', '{renamed}', '--init_from', '{best}'], 'squares only in'),
         ('linprobe', ['--data_path', '{images}', '--val_path', '{renamed}', '--features', 'o.npz'], 'squares only in'),
     ],
@@ -183,7 +187,9 @@ def test_a_mistake_gets_one_line(job, flags, message, images, pretrained, finetu
     renamed = shutil.copytree(images, tmp_path / 'renamed')
     (renamed / 'square').rename(renamed / 'squares')
     best = finetuned.output_dir / 'checkpoint-best.pth'
-    names = {'images': images, 'run': pretrained.output_dir, 'best': best, 'renamed': renamed}
+    folder = tmp_path / 'folder.npz'
+    folder.mkdir()
+    names = {'images': images, 'run': pretrained.output_dir, 'best': best, 'renamed': renamed, 'folder': folder}
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         start(job, *(flag.format(**names) for flag in flags))

@@ -1,6 +1,7 @@
 """Weights in: every known format, written here by other means, files that are none, and what they tell."""
 
 import argparse
+import json
 import os
 import pickle
 import sys
@@ -24,7 +25,7 @@ import main_pretrain
 from models_mff import MaskedAutoencoderMFF, model_sizes
 from models_upernet import UperNet
 from util import weights
-from util.errors import InputError
+from util.errors import InputError, as_input_error
 from util.loading import adapt_channels
 from util.weights import (
     ENCODER,
@@ -299,6 +300,10 @@ def test_other_files(tmp_path):
         read_weights(tmp_path)
     with pytest.raises(InputError, match='it holds a list'):
         read_weights(saved(tmp_path / 'a.pth', [1, 2]))
+    with pytest.raises(InputError, match=r'not the weights of a known ViT .*holds encoder\.'):  # no head of UperNet
+        read_weights(
+            saved(tmp_path / 'a.pth', {f'encoder.{name}': value for name, value in vit().state_dict().items()})
+        )
     with pytest.raises(InputError, match=r'not the weights of a known ViT .*holds conv\.weight'):
         read_weights(saved(tmp_path / 'a.pth', {'state_dict': {'conv.weight': torch.zeros(1)}}))
     path = saved(tmp_path / 'a.pth', {'model': mae().state_dict()})
@@ -307,6 +312,32 @@ def test_other_files(tmp_path):
     path.write_bytes(damaged)
     with pytest.raises(InputError, match='damaged at'):
         read_weights(path)
+
+
+def test_safetensors_whatever_the_length_of_the_header(tmp_path):
+    """The file starts with that length, whose first byte may be the one that a pickle starts with."""
+    path, records = (
+        tmp_path / 'a.safetensors',
+        {'args': json.dumps({'input_size': [32, 32]}), 'mean': '[0.1, 0.2, 0.3]'},
+    )
+    first_bytes = set()
+    for padding in range(0, 256, 8):
+        save_file(mae().state_dict(), path, {**records, 'padding': json.dumps('x' * padding)})
+        first_bytes.add(path.read_bytes()[0])
+        assert weights.read(path).records['mean'] == (0.1, 0.2, 0.3)
+    assert 0x80 in first_bytes
+
+
+def test_paths_of_python_3_13_run_nothing(tmp_path):
+    """It pickles pathlib.Path by a module of another name."""
+    paths = types.ModuleType('pathlib._local')
+    paths.PosixPath = type(
+        'PosixPath', (), {'__module__': 'pathlib._local', '__reduce__': lambda self: (type(self), ())}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, 'pathlib._local', paths)
+        path = saved(tmp_path / 'a.pth', {'model': mae().state_dict(), 'folder': paths.PosixPath()})
+    assert set(weights.read(path).content) == {'model', 'folder'}
 
 
 # --- Into a model ---------------------------------------------------------------------------------------------
@@ -501,6 +532,7 @@ def test_tensors_that_are_no_weights(name, change, message, tmp_path):
         ({'args': {'input_size': None, 'mask_ratio': 1}}, 'it records mask_ratio 1'),
         ({'args': {'input_size': None, 'crop_pct': 0}}, 'it records crop_pct 0'),
         ({'classes': [1, 2]}, 'classes are not a list of names'),
+        ({'args': {'input_size': None, 'fusion': 'odd'}}, 'it records a fusion that is none of average, uniform'),
     ],
 )
 def test_records_that_are_not_possible(change, message, tmp_path):
@@ -583,7 +615,8 @@ def test_settings_without_a_checkpoint():
         ('--model resnet', "no model 'resnet'"),
     ]:
         with pytest.raises(InputError, match=message):
-            settled(main_pretrain, *flags.split())
+            with as_input_error():
+                MaskedAutoencoderMFF(**settled(main_pretrain, *flags.split())[1])
 
 
 @pytest.mark.parametrize('kind', ['fine-tuned', 'probe', 'older'])
@@ -699,7 +732,7 @@ def test_segmenters(tmp_path):
     assert line.endswith('left out: classifier of 4 classes; freshly initialised: classifier of 7 classes')
     with pytest.raises(InputError, match=r'differs in shape: encoder\.pos_embed'):  # relative positions fix the grid
         load(upernet(img_size=64), content)
-    with pytest.raises(InputError, match='segmenter with 4 classes; it lacks cls_token'):
+    with pytest.raises(InputError, match='segmenter with 4 classes, which only main_segment'):
         load(vit(depth=4), content)
     settings = settings_of(weights.read(saved(tmp_path / 'a.pth', content)))
     assert settings.sizes['num_heads'] == 3 and settings.classes == list('abcd')  # the tables have a column per head

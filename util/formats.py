@@ -22,7 +22,7 @@ VALUES = re.compile(
     r'numpy\.(_?core\.(multiarray\.(_reconstruct|scalar)|numeric\._frombuffer)|dtype|ndarray)|_codecs\.encode|'
     r'builtins\.(getattr|object|set|frozenset|bytearray|complex|list|dict|tuple|int|float|str|bool|range|slice)|'
     r'argparse\.Namespace|types\.SimpleNamespace|copyreg\._reconstructor|collections\.\w+|datetime\.\w+|'
-    r'pathlib\.(Pure)?(Posix|Windows)?Path'
+    r'pathlib\.(_local\.)?(Pure)?(Posix|Windows)?Path'
 )
 CONTAINERS = {'collections.defaultdict': lambda *args: {}, 'collections.deque': lambda *args: []}  # filled afterwards
 
@@ -61,7 +61,7 @@ def read_file(path):
     try:
         with open(path, 'rb') as file:
             start = file.read(9)
-        if start[8:] == b'{' and start[:1] != b'\x80':
+        if start[4:] == b'\0\0\0\0{':  # the length of a safetensors header, which may start with any byte
             return read_safetensors(path)
         if start[:4] != b'PK\x03\x04' and start[:1] != b'\x80':
             raise InputError('not a weights file (.pth, .pt or .safetensors)')
@@ -88,7 +88,7 @@ def read_file(path):
             if start[:2] != b'PK':
                 text += '; a file that is not a zip archive may hold tensors and plain values only'
             raise InputError(f'{path}: {text}') from None
-        reason = (re.findall(r'WeightsUnpickler error: (.+)', text) or text.splitlines() or [type(error).__name__])[0]
+        reason = (re.findall(r'WeightsUnpickler error:\s+(.+)', text) or text.splitlines() or [type(error).__name__])[0]
         raise InputError(f'{path}: damaged, or not a weights file ({reason})') from None
 
 
@@ -198,7 +198,7 @@ def beit_names(name, tensor):
     if not name.endswith('.attn.qkv.bias'):
         return {f'encoder.{name}': tensor}
     prefix = f'encoder.{name.removesuffix("qkv.bias")}'
-    if not isinstance(tensor, torch.Tensor):  # what someone knows about each parameter, such as its rate
+    if not isinstance(tensor, torch.Tensor) or tensor.is_nested or tensor.layout != torch.strided:  # refused later
         return {f'{prefix}q_bias': tensor, f'{prefix}v_bias': tensor}
     third = tensor.numel() // 3
     return {f'{prefix}q_bias': tensor.flatten()[:third], f'{prefix}v_bias': tensor.flatten()[2 * third :]}

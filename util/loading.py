@@ -35,6 +35,8 @@ def load(model, weights, complete):
     actual = dict(zip(ours, model.state_dict()))
     our_sides = find_sides(ours)
     check_size(weights, our_sides)
+    if weights.is_segmenter and 'encoder.cls_token' not in ours:
+        raise InputError(f'{weights.path}: {weights.origin}, which only main_segment.py takes')
     state, notes = weights.state, []
     if not weights.is_segmenter:
         state, notes = fit(weights, next(part for part in model.modules() if isinstance(part, PatchEmbed)))
@@ -43,6 +45,7 @@ def load(model, weights, complete):
 
     theirs_has, ours_has = ({part_of(name) for name in names} for names in (state, ours))
     left_out, fresh = theirs_has - ours_has, ours_has - theirs_has
+    # A head fits only the end that it was trained on: norm (token), fc_norm (mean), or norm and bn (probe).
     same_norm = all((part in theirs_has) == (part in ours_has) for part in ('fc_norm', 'bn'))
     for part in HEADS:
         if part in theirs_has & ours_has and not (same_norm and weights.sides.get('classes') == our_sides['classes']):

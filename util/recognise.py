@@ -65,7 +65,7 @@ def check_tensors(state):
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor):
             problem = 'is not a tensor'
-        elif tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
+        elif tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested or 0 in tensor.stride():
             problem = 'is not a dense tensor in memory'
         elif name.endswith('.num_batches_tracked') and tensor.dtype == torch.int64:
             continue
@@ -76,13 +76,6 @@ def check_tensors(state):
         else:
             continue
         raise InputError(f'{name} {problem}')
-
-
-def examine(path, content, state):
-    """The Weights of a file's content, of which state is the converted form. Raises InputError as the checks do."""
-    check_tensors(state)
-    sides, records = find_sides(state), find_records(content)
-    return Weights(path, content, state, recognise(content, state), sides, records)
 
 
 def find_sides(state):

@@ -38,14 +38,11 @@ def is_default(args):
 
 
 def create_model(args, settings):
-    """The VariantMFF of a run's flags and settings (.sizes, .mean, .std). Raises ValueError as it does."""
-    return VariantMFF(
-        **chosen(args),
-        mean=settings.mean,
-        std=settings.std,
-        **settings.sizes,
-        norm_pix_loss=getattr(args, 'norm_pix_loss', None) is not False,
-    )
+    """The model of a run's flags and settings (.sizes, .mean, .std). Raises ValueError as its class does."""
+    sizes = settings.sizes | {'norm_pix_loss': getattr(args, 'norm_pix_loss', None) is not False}
+    if is_default(args):
+        return MaskedAutoencoderMFF(**sizes)
+    return VariantMFF(**chosen(args), mean=settings.mean, std=settings.std, **sizes)
 
 
 class VariantMFF(MaskedAutoencoderMFF):

@@ -9,22 +9,12 @@ from dataclasses import dataclass, field, replace
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from models_mff import (
-    ENCODER,
-    MODELS,
-    MaskedAutoencoderMFF,
-    check_image_size,
-    check_layers,
-    check_width,
-    create_encoder,
-    default_fuse_layers,
-    model_sizes,
-)
+from models_mff import ENCODER, MODELS, MaskedAutoencoderMFF, create_encoder, default_fuse_layers, model_sizes
 from util import variants
 from util.errors import InputError, as_input_error
 from util.formats import convert_state_dict, read_file
 from util.loading import load
-from util.recognise import DECODER, examine, find_grid, without_none
+from util.recognise import DECODER, Weights, check_tensors, find_grid, find_records, find_sides, recognise, without_none
 
 # --- A file -------------------------------------------------------------------------------------------------------
 
@@ -40,12 +30,15 @@ def read(path):
     state = convert_state_dict(content)
     if 'dist_token' in state or 'head_dist.weight' in state:
         raise InputError(f'{path}: a distilled DeiT, which has a second class token; use the undistilled weights')
-    names = {name.removeprefix('encoder.') for name in state}
+    is_segmenter = 'classifier.1.weight' in state
+    names = {name.removeprefix('encoder.') if is_segmenter else name for name in state}
     if not names.issuperset(['patch_embed.proj.weight', 'cls_token', 'pos_embed', 'blocks.0.attn.qkv.weight']):
         first = ', '.join(list(state)[:3]) or 'nothing'
         raise InputError(f'{path}: not the weights of a known ViT (it holds {first}, ...)')
     with as_input_error(path):
-        return examine(path, content, state)
+        check_tensors(state)
+        sides, records = find_sides(state), find_records(content)
+        return Weights(path, content, state, recognise(content, state), sides, records)
 
 
 # --- What a model is built with -----------------------------------------------------------------------------------
@@ -84,8 +77,9 @@ def settings_of(weights):
         InputError: if what it records contradicts its tensors.
     """
     sides, records, content = weights.sides, weights.records, weights.content
-    sizes = usual_sizes(weights) | {key: records[key] for key in ENCODER + DECODER if key in records}
+    recorded = {key: records[key] for key in ENCODER + DECODER if key in records}
     shown = shown_sizes(weights)
+    sizes = usual_sizes(weights) | recorded | shown  # tensors win over records, records over what is usual
     mean, std = (records.get(key, default_statistics(sides['in_chans'])[key]) for key in ('mean', 'std'))
     if not len(mean) == len(std) == sides['in_chans']:
         raise InputError(f'{weights.path}: it records mean {mean} and std {std} for {sides["in_chans"]} channels')
@@ -93,6 +87,9 @@ def settings_of(weights):
     if weights.is_ours:
         vars(flags).update(without_none(content['args']))
         classes = content.get('classes')
+    for name, (options, _) in variants.CHOICES.items():
+        if getattr(flags, name, None) not in (None, *options):
+            raise InputError(f'{weights.path}: it records a {name} that is none of {", ".join(options)}')
     if classes is not None and (not isinstance(classes, list) or not all(isinstance(name, str) for name in classes)):
         raise InputError(f'{weights.path}: its classes are not a list of names')
     if classes and len(classes) != sides.get('classes', len(classes)):
@@ -101,7 +98,7 @@ def settings_of(weights):
     if fused(weights):
         known = known | {'fuse_layers'}
     segmenter = sides if weights.is_segmenter else {}
-    return Settings(sizes | shown, mean, std, flags=flags, classes=classes, segmenter=segmenter, known=frozenset(known))
+    return Settings(sizes, mean, std, flags=flags, classes=classes, segmenter=segmenter, known=frozenset(known))
 
 
 def fused(weights):
@@ -158,7 +155,7 @@ def settle(args):
         Settings, whose notes name each flag that differs from the checkpoint.
 
     Raises:
-        InputError: as read and settings_of, or if the sizes do not fit together.
+        InputError: as read and settings_of. Whether the sizes fit together, the model checks.
     """
     file = settings_of(read(args.init_from)) if args.init_from else None
     given = without_none({key: getattr(args, FLAGS.get(key, key), None) for key in ENCODER + DECODER})
@@ -170,13 +167,6 @@ def settle(args):
     pretraining = hasattr(args, 'fuse_layers')
     if pretraining and sizes['fuse_layers'] is None:
         raise InputError(f'{args.init_from}: it does not record which blocks it fuses; give them by --fuse_layers')
-    with as_input_error():
-        check_image_size(sizes['img_size'], sizes['patch_size'])
-        check_width(sizes['embed_dim'], sizes['num_heads'])
-        if pretraining:
-            check_width(sizes['decoder_embed_dim'], sizes['decoder_num_heads'], 'decoder_')
-            check_layers('fuse_layers', sizes['fuse_layers'], sizes['depth'])
-
     statistics = default_statistics(sizes['in_chans'])
     if file and file.sizes['in_chans'] == sizes['in_chans']:
         statistics = {'mean': file.mean, 'std': file.std}
@@ -193,6 +183,8 @@ def settle(args):
         for key in before
         if key in file.known and now[key] != before[key] and (pretraining or key not in DECODER)
     ]
+    if not args.model and 'num_heads' not in file.known | given.keys():
+        notes.append(f'num_heads {sizes["num_heads"]} is assumed, as the file does not tell')
     return replace(file, sizes=sizes, notes=tuple(notes), **statistics)
 
 
@@ -249,11 +241,7 @@ def load_model(path):
     if settings.sizes['fuse_layers'] is None:
         raise InputError(f'{path}: {weights.origin}; it does not record which blocks it fuses')
     with as_input_error():
-        if variants.is_default(settings.flags):
-            norm_pix_loss = settings.flags.norm_pix_loss is not False
-            model = MaskedAutoencoderMFF(**settings.sizes, norm_pix_loss=norm_pix_loss)
-        else:
-            model = variants.create_model(settings.flags, settings)
+        model = variants.create_model(settings.flags, settings)
     load(model, weights, complete=True)
     return model.eval(), settings
 
