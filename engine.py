@@ -159,6 +159,14 @@ def describe(run, model, job):
     return '\n'.join(lines)
 
 
+def data_flags(args):
+    """The flags of the data of a run, for a command that uses the same."""
+    flags = f'--data_path {args.data_path}'
+    if args.val_path:
+        return f'{flags} --val_path {args.val_path}'
+    return f'{flags} --val_share {args.val_share:g}' if args.val_share else flags
+
+
 # --- Training -----------------------------------------------------------------------------------------------------
 
 

@@ -101,11 +101,6 @@ def main(args):
     if run.rank == 0:
         done = 'Training was already complete' if run.start == schedule.total_steps else 'Done'
         last = f'{args.output_dir}/{checkpoint.LAST}'
-        flags = f'--data_path {args.data_path} --init_from {last}'
-        if args.val_path:
-            flags = f'--val_path {args.val_path} {flags}'
-        elif args.val_share:
-            flags = f'--val_share {args.val_share:g} {flags}'
         labelled = val_source is not None and train_source.labels is not None
         probe = '--knn 20' if labelled else '--features FEATURES.npz'
         print(
@@ -113,7 +108,7 @@ def main(args):
             f'  curves:          tensorboard --logdir {args.output_dir}\n'
             f'  as a picture:    python -m util.visualize curves {args.output_dir}\n'
             f'  reconstruction:  python -m util.visualize reconstruct {last} --images IMAGE ...\n'
-            f'  features:        python main_linprobe.py {probe} {flags}'
+            f'  features:        python main_linprobe.py {probe} {engine.data_flags(args)} --init_from {last}'
         )
 
 

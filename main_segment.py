@@ -114,7 +114,7 @@ def main(args):
         print(
             f'Best mIoU {run.record["best_miou"]:.2f} %. In {args.output_dir}: {checkpoint.LAST}, {checkpoint.BEST}, '
             f'segmentation.png, log.jsonl, TensorBoard events\n'
-            f'  each class:  python main_segment.py --eval --data_path {args.data_path} --init_from '
+            f'  each class:  python main_segment.py --eval {engine.data_flags(args)} --init_from '
             f'{args.output_dir}/{checkpoint.BEST}\n'
             f'  an image:    python main_segment.py --predict IMAGE --init_from {args.output_dir}/{checkpoint.BEST}'
         )
@@ -131,10 +131,7 @@ def settle(args):
     flags = settings.flags if sides else argparse.Namespace()
 
     def choose(name, usual):
-        chosen = getattr(args, name)
-        if chosen is None:
-            chosen = getattr(flags, name, None)
-        return usual if chosen is None else chosen
+        return next(value for value in (getattr(args, name), getattr(flags, name, None), usual) if value is not None)
 
     sizes = {name: settings.sizes[name] for name in weights.ENCODER}
     sizes['channels'] = args.channels or sides.get('channels', sizes['embed_dim'])
@@ -153,7 +150,7 @@ def settle(args):
     window = segmentation.Window(
         size=size,
         stride=tuple(args.stride or (max(1, side * 2 // 3) for side in size)),
-        scale=tuple(choose('scale', (4 * min(size), min(size)))),
+        scale=tuple(sorted(choose('scale', (4 * min(size), min(size))), reverse=True)),
         ratios=tuple(args.scales),
         flip=args.flip,
     )
@@ -162,6 +159,8 @@ def settle(args):
             f'--scale {window.scale[0]} {window.scale[1]}: images are smaller than the crop, {size[0]} x {size[1]}, '
             f'at every --scale_range'
         )
+    if any(step > side for step, side in zip(window.stride, size)):
+        raise InputError(f'--stride {window.stride[0]} {window.stride[1]} leaves gaps between windows of {size}')
     return dataclasses.replace(settings, sizes=sizes, classes=classes), labels, window
 
 

@@ -29,7 +29,7 @@ from timm.models.beit import Beit
 from torch.nn.functional import interpolate
 from torchvision.ops import Conv2dNormActivation as ConvNormReLU  # its convolution has no bias
 
-from models_mff import check_image_size, check_layers
+from models_mff import check_image_size, check_layers, check_width
 
 DROPOUT = 0.1  # of whole channels, before both classifiers
 
@@ -70,11 +70,9 @@ class UperNet(nn.Module):
         super().__init__()
         img_size = to_2tuple(img_size)
         check_image_size(img_size, patch_size)
-        if min(img_size) < 2 * patch_size or embed_dim % num_heads:
-            raise ValueError(
-                f'image size {img_size} must be two patches of {patch_size} at least, '
-                f'embed_dim {embed_dim} a multiple of num_heads {num_heads}'
-            )
+        check_width(embed_dim, num_heads)
+        if min(img_size) < 2 * patch_size:
+            raise ValueError(f'image size {img_size} must be two patches of {patch_size} at least')
         self.levels = tuple(levels)
         if len(self.levels) != 4:
             raise ValueError(f'levels {list(levels)} must be four blocks, one for each size of the pyramid')
@@ -140,7 +138,7 @@ class UperNet(nn.Module):
         """imgs (N, 3, H, W) -> logits (N, K, H, W); in training mode (logits, auxiliary logits), both of that shape.
 
         resize=False leaves logits at the heads' own resolution: those of many classes are large, and the loss enlarges
-        them one image at a time.
+        them a few images at a time.
         """
         levels = self.encoder.forward_intermediates(imgs, self.levels, intermediates_only=True)  # 4 x (N, D, h, w)
         logits = self.forward_head([scale(level) for scale, level in zip(self.neck, levels)])

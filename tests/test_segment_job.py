@@ -90,6 +90,16 @@ def test_image_and_mask_belong_together(pairs):
         assert torch.equal(mask[1:], shapes.picture_and_mask(number)[1][1:]) and (mask[0] == transforms.IGNORE).all()
 
 
+def test_folders_of_splits_may_come_first(pairs, tmp_path):
+    for split in ('train', 'val'):
+        for folder in ('images', 'masks'):
+            shutil.copytree(pairs / folder / split, tmp_path / split / folder)
+    shutil.copy(pairs / 'classes.txt', tmp_path)
+    for ours, theirs in zip(open_pairs(tmp_path, ignore=11), open_pairs(pairs, ignore=11), strict=True):
+        names = [[os.path.basename(source.path(index)) for index in range(len(source))] for source in (ours, theirs)]
+        assert names[0] == names[1]
+
+
 def test_ade20k_as_downloaded(tmp_path):
     """Its folders, its masks that count from 1 with 0 for "other", and its 150 names."""
     root = tmp_path / 'ADEChallengeData2016'
@@ -319,6 +329,13 @@ MISTAKES = {
         'masks/val/0.png: not an image',
     ),
     'one class': (lambda root: (root / 'classes.txt').write_text('background\n'), [], 'one class only, background'),
+    'a class twice': (lambda root: (root / 'classes.txt').write_text('a\nb\na'), [], 'an empty line or a name twice'),
+    'two images of one name': (
+        lambda root: shutil.copy(root / 'images/train/3.png', root / 'images/train/3.jpg'),
+        [],
+        'two files for one name: .*images/train/3.jpg and .*images/train/3.png',
+    ),
+    'gaps': (lambda root: None, ['--stride', '17'], 'leaves gaps between windows'),
     'labels above': (lambda root: None, ['--ignore_label', '255'], 'holds 11, above the last of 11 classes'),
     'fewer classes': (lambda root: None, ['--num_classes', '3'], 'above the last of 3 classes'),
     'crop and patch': (lambda root: None, ['--input_size', '18'], 'not a multiple of patch size'),

@@ -52,15 +52,17 @@ def test_flat_nested_and_class_folders(tmp_path):
     touch(tmp_path, 'b.png', 'a.JPG', 'deep/er/c.png', '.hidden.png', '.cache/d.png')
     (tmp_path / 'notes.txt').write_text('not an image')
     os.symlink(tmp_path, tmp_path / 'deep/loop')
+    os.symlink('self', tmp_path / 'self')
     source = open_source(str(tmp_path))
     assert names(source) == ['a.JPG', 'b.png', 'deep/er/c.png']
     assert source[0][0].shape == (3, 8, 8) and source[0][1] == -1 and source.classes is source.labels is None
     assert open_source(str(tmp_path), 'val') is None
 
 
+@pytest.mark.parametrize('split', ['train', 'training'])
 @pytest.mark.parametrize('held_out', ['val', 'valid', 'validation', 'test'])
-def test_train_and_val_folders(tmp_path, held_out):
-    touch(tmp_path, 'train/x/1.png', 'train/y/2.png', f'{held_out}/x/3.png', f'{held_out}/y/4.png')
+def test_train_and_val_folders(tmp_path, split, held_out):
+    touch(tmp_path, f'{split}/x/1.png', f'{split}/y/2.png', f'{held_out}/x/3.png', f'{held_out}/y/4.png')
     train, val = sources.open_labelled_sources(flags(tmp_path), SIZES)
     assert names(train) == ['x/1.png', 'y/2.png'] and names(val) == ['x/3.png', 'y/4.png']
     assert train.classes == ['x', 'y'] and train.labels.tolist() == [0, 1] and val[1][1] == 1

@@ -117,6 +117,13 @@ def test_finetune(auto_augment, probability):
         assert (result / 255 - expected.clamp(0, 1)).abs().max() < 0.51 / 255
 
 
+def test_floats_are_fine_tuned_on_as_they_are():
+    """Arrays of another range than 0..1, and of more channels than a picture."""
+    transform = transforms.finetune_transform((8, 8), ((0.5,) * 5, (0.5,) * 5), 'none', 0.5)
+    result = transform(torch.full((5, 9, 9), 3.0))
+    assert result.dtype == torch.float32 and result.max() > 2.9
+
+
 @pytest.mark.parametrize('crop', ['simple', 'rrc'])
 @pytest.mark.parametrize('shape', [(7, 300), (300, 7), (64, 48), (1, 1)])
 def test_rectangles_are_covered(crop, shape):

@@ -70,6 +70,7 @@ def run_job(main, parser, argv=None):
     except (ValueError, RecursionError) as error:  # not UTF-8, an open quote, a file that names itself
         parser.error(f'argument file: {error}')
     code, message = 0, None
+    sys.stdout.reconfigure(errors='backslashreplace')  # names of files need not be UTF-8
     try:
         main(args)
     except SystemExit as request:

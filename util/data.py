@@ -41,9 +41,10 @@ def seed_generators(*key, device=None):
 class Samples(torch.utils.data.Dataset):
     """(epoch, index) -> (transformed image (C, H, W), target, problem).
 
-    The target is the noise for the mask, (L,) in [0, 1), or without num_patches the label. The problem is '', or a line
-    of path, tab, reason for each image that could not be read until another took its place. With masks, an image of
-    one colour has a problem too, FLAT, but is used.
+    With num_patches, for pre-training, the target is the noise of the mask, (L,) in [0, 1): the smallest stay visible.
+    Without it, the target is the label. The problem is '', or a line of path, tab, reason for each image
+    that could not be read until another took its place; in pre-training an image of one colour has a problem too, FLAT,
+    but is used.
     """
 
     def __init__(self, source, transform, num_patches=None, seed=0):

@@ -13,7 +13,7 @@ from util.errors import InputError, as_input_error
 from util.images import WHITE, decode_image, read_image
 
 EXTENSIONS = (*IMG_EXTENSIONS, '.gif', '.npy')
-SPLITS = {'train': ['train'], 'val': ['val', 'valid', 'validation', 'test']}
+SPLITS = {'train': ['train', 'training'], 'val': ['val', 'valid', 'validation', 'test']}
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ def open_folder(path, split, options):
     """
     with as_input_error(path):
         entries = [entry for entry in os.scandir(path) if entry.name[0] != '.']
-    folders = {entry.name: entry.path for entry in entries if entry.is_dir()}
-    tars, splits = {}, ('train', *SPLITS['val'])
+    folders = {entry.name: entry.path for entry in entries if is_folder(entry)}
+    tars, splits = {}, sum(SPLITS.values(), [])
     for entry in entries:
         name = entry.name[:-4].rpartition('_')[2]
         if entry.name.lower().endswith('.tar') and (not folders or name in splits):
@@ -118,9 +118,9 @@ def open_folder(path, split, options):
 
 def choose_split(folders, split):
     """Which of the folders holds a split: its name, '' for all of them together, None for none."""
-    held_out = [name for name in SPLITS['val'] if name in folders]
-    if 'train' in folders and (held_out or len(folders) == 1):  # else 'train' is a class or a folder like others
-        return 'train' if split == 'train' else next(iter(held_out), None)
+    found = {name: [folder for folder in SPLITS[name] if folder in folders] for name in SPLITS}
+    if found['train'] and (found['val'] or len(folders) == 1):  # else 'train' is a class or a folder like others
+        return next(iter(found[split]), None)
     return '' if split == 'train' else None
 
 
@@ -216,7 +216,7 @@ def open_tars(tars, root, split, options):
         if chosen is None:
             return None
         top = os.path.join(top, os.fsencode(chosen)) if chosen else top
-    prefix = os.path.join(top, b'') if top else b''
+    prefix = os.path.join(top, b'')
     kept = [name.startswith(prefix) for name in names]
     names = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     return TarImages(os.path.join(root, os.fsdecode(top)), names, options, list(tars), places[kept])
@@ -230,7 +230,7 @@ def open_list(path, options):
     """
     with as_input_error(path), open(path, encoding='utf-8-sig', errors='surrogateescape') as file:
         text = file.read(4096)
-        lines = [] if '\0' in text else [line.strip() for line in (text + file.read()).splitlines()]
+        lines = [] if '\0' in text else [line.strip() for line in (text + file.read()).split('\n')]
     names = [line for line in lines if line and line[0] != '#']
     if not names:
         raise InputError(f'{path}: not a folder, and not a text file that lists images, one per line')

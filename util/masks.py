@@ -15,14 +15,13 @@ from PIL import Image, UnidentifiedImageError
 
 from util import tar
 from util.errors import InputError, as_input_error
-from util.folders import EXTENSIONS, ImageFiles, Options, TarImages, find_files
+from util.folders import EXTENSIONS, SPLITS, ImageFiles, Options, TarImages, find_files
 from util.shapes import Shapes
 from util.sources import open_splits
 from util.transforms import IGNORE
 
 # Names below --data_path: images/train/a/1.jpg and masks/train/a/1.png belong together
 LAYOUT = re.compile(rb'((?:[^/]+/)*?)(images|annotations|masks|labels)/(.+)\.([^./]+)')
-SPLITS = {'train': (b'train', b'training'), 'val': (b'val', b'valid', b'validation', b'test')}
 
 # The classes of ADEChallengeData2016, whose masks number them from 1 (--reduce_zero_label).
 ADE20K = (
@@ -47,8 +46,8 @@ ADE20K = (
 class Labels:
     """What the numbers in mask files mean."""
 
-    classes: list | None = None  # their names; None: those that the data gives, or else
-    otherwise: list | None = None
+    classes: list | None = None  # their names, by --num_classes; None: those that the data gives, or else
+    otherwise: list | None = None  # those of the checkpoint
     ignore: int = IGNORE  # the number of pixels that count for nothing
     reduce_zero: bool = False  # 0 is ignored too, and 1 is the first class
 
@@ -93,7 +92,8 @@ class Pairs:
         if seen.max() >= len(self.classes):
             number = np.flatnonzero(self.table == seen.max())[0]
             raise ValueError(
-                f'{path}: holds {number}, above the last of {len(self.classes)} classes; is it the --ignore_label?'
+                f'{path}: holds {number}, above the last of {len(self.classes)} classes; is it the '
+                '--ignore_label, or is --reduce_zero_label needed?'
             )
         return image, torch.from_numpy(mask)
 
@@ -101,9 +101,7 @@ class Pairs:
 class ShapePairs(Shapes):
     """Drawn pictures with the outlines of their shapes: class 0 is the background."""
 
-    def __init__(self, split, size):
-        super().__init__(split, size)
-        self.classes = ['background', *Shapes.classes]
+    classes = ['background', *Shapes.classes]
 
     def __getitem__(self, index):
         return self.picture_and_mask(index)
@@ -155,7 +153,9 @@ def open_source(path, split, options, labels):
     if not path:
         raise InputError('--data_path is required: a folder or tar with images/ and masks/, or shapes')
     if path == 'shapes':
-        return ShapePairs(split, options.image_size)
+        source = ShapePairs(split, options.image_size)
+        check_pairs(source, path, options.in_chans)
+        return source
     files = open_files(path, options)
     images, masks = find_pairs(files, split)
     if not images and not masks:
@@ -212,20 +212,25 @@ def find_pairs(files, split):
 
     Without folders for splits, everything is 'train'.
     """
-    images, masks = {}, {}
+    images, masks, folders = {}, {}, {}
+    known = SPLITS['train'] + SPLITS['val']
     for number, name in enumerate(files.names.tolist()):
         match = LAYOUT.fullmatch(name)
-        if match:
-            root, kind, stem, ending = match.groups()
-            if kind == b'images':
-                images[root, stem] = number
-            elif ending.lower() == b'png':
-                masks[root, stem] = number
-    folders = {stem.split(b'/')[0] for _, stem in images.keys() | masks.keys() if b'/' in stem}
-    if folders.isdisjoint(SPLITS['train'] + SPLITS['val']):
+        if not match:
+            continue
+        root, kind, stem, ending = map(os.fsdecode, match.groups())
+        found, key = images if kind == 'images' else masks, root + stem
+        if found is masks and ending.lower() != 'png':
+            continue
+        if key in found:
+            raise InputError(f'two files for one name: {files.path(found[key])} and {files.path(number)}')
+        found[key] = number
+        around = [*root.split('/'), stem.rpartition('/')[0].split('/')[0]]  # train/images/ or images/train/
+        folders[key] = next((folder for folder in around if folder in known), None)
+    if not any(folders.values()):
         return (images, masks) if split == 'train' else ({}, {})
-    chosen = tuple(folder + b'/' for folder in SPLITS[split] if folder in folders)[:1]
-    return [{key: number for key, number in found.items() if key[1].startswith(chosen)} for found in (images, masks)]
+    chosen = next((folder for folder in SPLITS[split] if folder in folders.values()), 'none')
+    return [{key: number for key, number in found.items() if folders[key] == chosen} for found in (images, masks)]
 
 
 def find_classes(files, path):
@@ -233,7 +238,10 @@ def find_classes(files, path):
     numbers = [number for number, name in enumerate(files.names.tolist()) if name.split(b'/')[-1] == b'classes.txt']
     if numbers:
         text = files.content(numbers[0]).decode('utf-8-sig', 'replace')
-        return [line.strip() for line in text.splitlines() if line.strip()] or None
+        names = [line.strip() for line in text.strip().splitlines()]
+        if '' in names or len(set(names)) < len(names):
+            raise InputError(f'{files.path(numbers[0])}: an empty line or a name twice; each line names one class')
+        return names or None
     where = os.path.join(os.path.abspath(path), files.path(0))
     return list(ADE20K) if 'ADEChallengeData2016' in where.split(os.sep) else None
 

@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
-from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
@@ -100,15 +99,17 @@ def finetune_transform(size, statistics, auto_augment, erase_probability):
 
 
 class Erase:
-    """timm's RandomErasing with normal noise per pixel, on uint8: the noise has the data's mean and deviation."""
+    """timm's RandomErasing with normal noise per pixel, of the data's mean and deviation. uint8 stays uint8."""
 
     def __init__(self, probability, statistics):
         self.erase = RandomErasing(probability, mode='pixel', device='cpu')
         self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in statistics)
 
     def __call__(self, image):
-        erased = self.erase(normalise(image, self.mean, self.std))
-        return ((erased * self.std + self.mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        erased = self.erase(normalise(image, self.mean, self.std)) * self.std + self.mean
+        if image.is_floating_point():
+            return erased
+        return (erased * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def linprobe_transform(size):
@@ -140,8 +141,8 @@ class SegmentationTransform:
 
     def __call__(self, image, mask):
         size = fitted_size(image.shape[-2:], self.scale, random.uniform(*self.ratios))
-        image = functional.resize(tv_tensors.Image(image), size, antialias=False)  # as cv2, to one level
-        mask = functional.resize(tv_tensors.Mask(mask), size)  # nearest
+        image = functional.resize(image, size, antialias=False)  # as cv2, to one level
+        mask = functional.resize(mask[None], size, InterpolationMode.NEAREST)  # (1, h, w)
         box = choose_crop(mask, self.size)
         image, mask = functional.crop(image, *box), functional.crop(mask, *box)
         if random.random() < 0.5:
@@ -149,8 +150,7 @@ class SegmentationTransform:
         if len(image) == 3 and image.dtype == torch.uint8:
             image = photometric_distortion(image)
         beside = [0, 0, self.size[1] - image.shape[2], self.size[0] - image.shape[1]]  # right and bottom
-        mask = functional.pad(mask.to(torch.int16), beside, fill=PADDING)
-        return functional.pad(image, beside).as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor)
+        return functional.pad(image, beside), functional.pad(mask.to(torch.int16), beside, fill=PADDING)[0]
 
 
 def fitted_size(size, scale, ratio=1.0):
@@ -180,7 +180,10 @@ def is_mixed(mask, max_share):
 
 
 def photometric_distortion(image):
-    """Brightness, contrast (first or last), saturation and hue, each with probability 0.5. uint8 RGB."""
+    """Brightness, contrast (first or last), saturation and hue, each with probability 0.5. uint8 RGB.
+
+    mmsegmentation's contrast multiplies all pixels, which torchvision calls brightness.
+    """
     contrast_first = random.random() < 0.5
     if random.random() < 0.5:
         image = brighten(image, random.uniform(-32, 32))
@@ -191,7 +194,7 @@ def photometric_distortion(image):
     if random.random() < 0.5:
         image = shift_hsv(image, hue=random.randint(-18, 17))
     if not contrast_first and random.random() < 0.5:
-        image = functional.adjust_brightness(image, random.uniform(0.5, 1.5))  # the reference's contrast
+        image = functional.adjust_brightness(image, random.uniform(0.5, 1.5))
     return image
 
 
