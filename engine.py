@@ -6,6 +6,8 @@ counted in optimiser steps; the end of an epoch is an event in the loop.
 
 import collections
 import math
+import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -92,7 +94,8 @@ def start_run(args, schedule, model, settings, classes=None):
     if state is not None:
         checkpoint.check_same_run(state, args, model, record)
         start = state['step']
-        record |= {name: value for name, value in state.items() if name.startswith('best_')}
+        if os.path.exists(os.path.join(args.output_dir, checkpoint.BEST)):  # else --resume is of another folder
+            record |= {name: value for name, value in state.items() if name.startswith('best_')}
         if start > schedule.total_steps:
             raise InputError(f'the checkpoint is at step {start}, but this run ends at step {schedule.total_steps}')
     device = distributed.start(device_name)
@@ -161,9 +164,9 @@ def describe(run, model, job):
 
 def data_flags(args):
     """The flags of the data of a run, for a command that uses the same."""
-    flags = f'--data_path {args.data_path}'
+    flags = f'--data_path {shlex.quote(args.data_path)}'
     if args.val_path:
-        return f'{flags} --val_path {args.val_path}'
+        return f'{flags} --val_path {shlex.quote(args.val_path)}'
     return f'{flags} --val_share {args.val_share:g}' if args.val_share else flags
 
 
@@ -199,7 +202,8 @@ def train(run, model, optimizer, loss_fn, loader, events, title=''):
 
     with distributed.StopRequest() as stop:
         for step in range(run.start, schedule.total_steps + 1):
-            # --- An epoch is complete. A resumed run also comes here, as it may have been killed in here.
+            # --- `step` steps are done. If they complete an epoch: evaluate, keep the best, draw. It comes first, with
+            # one turn more at the end, so that a run that was killed in here does it again when it resumes.
             epoch, step_in_epoch = divmod(step, schedule.steps_per_epoch)
             is_end = step == schedule.total_steps
             if events.neighbours and (is_end or step_in_epoch == 0 and epoch % args.knn_every == 0):
@@ -212,8 +216,7 @@ def train(run, model, optimizer, loss_fn, loader, events, title=''):
                     metrics = events.evaluate()
                     log.entry(step, step / schedule.steps_per_epoch, metrics)
                     if events.best and metrics[events.best] > run.record.get(best_name, -1.0):
-                        run.record[best_name] = metrics[events.best]
-                        saver.save(step, best=True)
+                        saver.save(step, best={best_name: metrics[events.best]}, required=is_end)
                 if events.draw and run.rank == 0 and (epoch % args.picture_every == 0 or is_end):
                     for name, figure in events.draw().items():
                         log.figure(name, figure, step)
@@ -238,7 +241,8 @@ def train(run, model, optimizer, loss_fn, loader, events, title=''):
             if stop.agreed():
                 saver.save(done, required=True)
                 distributed.barrier()  # an early exit of one process would kill the one that saves
-                log.say(f'Stopped after step {done} of {schedule.total_steps}, and saved; the same command resumes it')
+                how = 'the same command' if args.resume == 'auto' else 'the same command with --resume auto'
+                log.say(f'Stopped after step {done} of {schedule.total_steps}, and saved; {how} resumes it')
                 log.close()
                 raise SystemExit(INTERRUPTED)
     log.close()
@@ -267,7 +271,8 @@ def optimizer_step(run, step, network, optimizer, loss_fn, batches):
     norm = get_total_norm([p.grad for p in parameters])  # of the sum over processes: the same on all of them
     if run.args.clip_grad:
         clip_grads_with_norm_(parameters, run.args.clip_grad, norm)
-    scaler.step(optimizer)  # unless a gradient is not finite; LARS, unlike AdamW, waits for the device to know
+    # The scaler skips a step whose gradient is not finite; without fp16, its scale is 1 (distributed.UnitScaler).
+    scaler.step(optimizer)  # LARS, unlike AdamW, waits for the device to know
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return mean_loss, norm

@@ -88,7 +88,10 @@ def main(args):
     # --- Run: output folder, checkpoint to resume, processes, device ----------------------------------------------
     schedule = optim.make_schedule(args, len(train_source), usual_batch=1024)
     if mixing and schedule.batch_size % 2:
-        raise InputError(f'Mixup and CutMix mix pairs of images: --batch_size {schedule.batch_size} must be even')
+        raise InputError(
+            f'Mixup and CutMix mix pairs, but a device has {schedule.batch_size} of --total_batch_size '
+            f'{schedule.total_batch_size} at a time; give even numbers, as --batch_size too, or --mixup 0 --cutmix 0'
+        )
     run = engine.start_run(args, schedule, model, settings, val_source.classes)
     model.to(run.device)
     loader = engine.training_loader(run, samples, settings)

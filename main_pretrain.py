@@ -9,6 +9,7 @@ recipe's. A recipe's total batch is the same on any number of GPUs.
 """
 
 import argparse
+import shlex
 
 import torch
 
@@ -61,6 +62,11 @@ def main(args):
     model.to(run.device)
     statistics = settings.mean, settings.std
     loader = engine.training_loader(run, samples, settings)
+    if val_source:  # always with the same masks
+        val_loader = engine.evaluation_loader(args, run.device, val_samples, settings)
+    knn_loaders = [
+        engine.evaluation_loader(args, run.device, data.Samples(part, centre), settings) for part in knn_parts
+    ]
     optimizer = optim.create_adamw(args, optim.param_groups(model, args.weight_decay), run)
 
     # --- Train ----------------------------------------------------------------------------------------------------
@@ -85,11 +91,6 @@ def main(args):
         accuracy = features.neighbour_accuracy(train, val, 20, run.device)
         return {'val_knn_cls': accuracy['cls token'], 'val_knn_patches': accuracy['mean of patches']}
 
-    if val_source:  # always with the same masks
-        val_loader = engine.evaluation_loader(args, run.device, val_samples, settings)
-    knn_loaders = [
-        engine.evaluation_loader(args, run.device, data.Samples(part, centre), settings) for part in knn_parts
-    ]
     events = engine.Events(
         evaluate=evaluate if val_source else None,
         draw=draw,
@@ -100,13 +101,13 @@ def main(args):
     engine.train(run, model, optimizer, loss_fn, loader, events, title)
     if run.rank == 0:
         done = 'Training was already complete' if run.start == schedule.total_steps else 'Done'
-        last = f'{args.output_dir}/{checkpoint.LAST}'
+        output_dir, last = shlex.quote(args.output_dir), shlex.quote(f'{args.output_dir}/{checkpoint.LAST}')
         labelled = val_source is not None and train_source.labels is not None
         probe = '--knn 20' if labelled else '--features FEATURES.npz'
         print(
             f'{done}. In {args.output_dir}: {checkpoint.LAST}, reconstruction.png, log.jsonl, TensorBoard events\n'
-            f'  curves:          tensorboard --logdir {args.output_dir}\n'
-            f'  as a picture:    python -m util.visualize curves {args.output_dir}\n'
+            f'  curves:          tensorboard --logdir {output_dir}\n'
+            f'  as a picture:    python -m util.visualize curves {output_dir}\n'
             f'  reconstruction:  python -m util.visualize reconstruct {last} --images IMAGE ...\n'
             f'  features:        python main_linprobe.py {probe} {engine.data_flags(args)} --init_from {last}'
         )
@@ -115,7 +116,7 @@ def main(args):
 def examples(samples, statistics, device, count=8):
     """(imgs (N, C, H, W) normalised, noise (N, L)) of images spread over a data set, always the same."""
     count = min(count, len(samples))
-    keys = [(0, (i * len(samples) // count + i) % len(samples)) for i in range(count)]  # + i: of different classes
+    keys = [(0, i * (len(samples) - 1) // max(1, count - 1)) for i in range(count)]
     images, noise, _ = torch.utils.data.default_collate([samples[key] for key in keys])
     return transforms.normalise(images, *statistics).to(device), noise.to(device)
 

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 
 import torch
 from PIL import Image
@@ -111,12 +112,12 @@ def main(args):
         title += f'\nBatchNorm averages over the {schedule.batch_size} images of each process alone; only GPUs share it'
     engine.train(run, model, optimizer, loss_fn, loader, events, title)
     if run.rank == 0:
+        best = shlex.quote(f'{args.output_dir}/{checkpoint.BEST}')
         print(
             f'Best mIoU {run.record["best_miou"]:.2f} %. In {args.output_dir}: {checkpoint.LAST}, {checkpoint.BEST}, '
             f'segmentation.png, log.jsonl, TensorBoard events\n'
-            f'  each class:  python main_segment.py --eval {engine.data_flags(args)} --init_from '
-            f'{args.output_dir}/{checkpoint.BEST}\n'
-            f'  an image:    python main_segment.py --predict IMAGE --init_from {args.output_dir}/{checkpoint.BEST}'
+            f'  each class:  python main_segment.py --eval {engine.data_flags(args)} --init_from {best}\n'
+            f'  an image:    python main_segment.py --predict IMAGE --init_from {best}'
         )
 
 

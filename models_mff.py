@@ -93,7 +93,8 @@ class MaskedAutoencoderMFF(nn.Module):
         # --- Multi-level feature fusion: the paper's addition to MAE ---
         self.fuse_projs = nn.ModuleList(nn.Linear(embed_dim, embed_dim) for _ in fuse_layers[:-1])  # MFF: P_k, k < K
         if len(fuse_layers) > 1:
-            self.fuse_logits = nn.Parameter(torch.ones(len(fuse_layers), 1, 1, 1))  # MFF: w
+            # MFF: w. In 4-D, as in the reference: 1-D parameters have no weight decay, and w has.
+            self.fuse_logits = nn.Parameter(torch.ones(len(fuse_layers), 1, 1, 1))  # MFF
 
         # --- Decoder ---
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)

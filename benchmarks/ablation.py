@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import main_pretrain
 from benchmarks import report
 from benchmarks.ablation_report import read_results, write_report
-from util import checkpoint, distributed, log, weights
+from util import checkpoint, distributed, log, sources, weights
 from util.args import ArgumentParser, number, run_job
 from util.errors import InputError, RunError
 
@@ -103,7 +103,9 @@ def check(args):
         if changed:
             raise InputError(f'{args.results} holds results of other --{", --".join(changed)}; name another --results')
     for variant in args.variants:
-        main_pretrain.get_parser().parse_args(pretrain_flags(args, variant))
+        flags = ['--data_path', args.data_path, *pretrain_flags(args, variant)]
+        parsed = main_pretrain.get_parser().parse_args(flags)
+    sources.open_labelled_sources(parsed, weights.settle(parsed).sizes)  # a run needs validation images and classes
     os.makedirs(args.results, exist_ok=True)
 
 

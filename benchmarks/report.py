@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import sys
@@ -17,10 +18,11 @@ import torchvision
 
 def environment(device):
     """What a figure cannot be read without."""
-    model = {'machine': platform.processor() or platform.machine()}
+    models = []  # ARM's /proc/cpuinfo names none
     if os.path.exists('/proc/cpuinfo'):
-        model = dict(line.split(':', 1) for line in open('/proc/cpuinfo') if line.startswith('model name'))
-    cpu = f'{next(iter(model.values())).strip()}, {torch.get_num_threads()} of {os.cpu_count()} cores'
+        models = re.findall(r'^model name\s*: (.+)', Path('/proc/cpuinfo').read_text(), re.MULTILINE)
+    model = models[0] if models else platform.processor() or platform.machine()
+    cpu = f'{model}, {torch.get_num_threads()} of {os.cpu_count()} cores'
     return {
         'command': shlex.join(['python', '-m', f'benchmarks.{Path(sys.argv[0]).stem}', *sys.argv[1:]]),
         'device': f'{torch.cuda.get_device_name(device)}; {cpu}' if device.startswith('cuda') else cpu,
@@ -42,8 +44,9 @@ def spread(values, digits=3):
 
 
 def table(rows):
-    """Markdown of a list of dicts, whose keys, all the same, are the header."""
-    lines = [list(rows[0]), ['---'] * len(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]
+    """Markdown of a list of dicts, whose keys are the header; a cell that a row lacks stays empty."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [columns, ['---'] * len(columns), *([str(row.get(name, '')) for name in columns] for row in rows)]
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 

@@ -22,6 +22,7 @@ from benchmarks import report
 from benchmarks.step import SIZES, model_of_size, our_step, synchronise
 from util import distributed
 from util.args import ArgumentParser, number, run_job
+from util.errors import RunError
 from util.optim import split_batch
 
 
@@ -72,8 +73,9 @@ def launch(processes, args):
         env={**os.environ, 'OMP_NUM_THREADS': str(args.threads)},
         stdout=subprocess.PIPE,
         text=True,
-        check=True,
     )
+    if done.returncode:
+        raise RunError(f'{processes} processes failed; the reason is above')
     return json.loads(done.stdout.splitlines()[-1])
 
 

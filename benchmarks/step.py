@@ -22,10 +22,12 @@ import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from statistics import median
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
 
+import engine
 from benchmarks import report
 from models_mff import MODELS, MaskedAutoencoderMFF, model_sizes
 from util import distributed, optim
@@ -81,7 +83,7 @@ def main(args):
 
 
 def our_step(size, device, amp, compiled=False, grad_checkpointing=False):
-    """A function (images, micro-steps, whether to synchronise) that does one optimiser step, as engine.py does."""
+    """A function (images, micro-steps, whether to synchronise) that does one optimiser step, that of engine.py."""
     model = model_of_size(size).to(device).train()
     model.grad_checkpointing = grad_checkpointing
     groups = optim.param_groups(model, WEIGHT_DECAY)
@@ -89,15 +91,16 @@ def our_step(size, device, amp, compiled=False, grad_checkpointing=False):
     autocast, scaler = distributed.mixed_precision(amp, device)
     network = distributed.wrap(model, device, compiled)
 
+    def loss_fn(network, imgs, place):
+        with autocast():
+            return network(imgs)[0]
+
     def step(imgs, accumulation=1, synchronise=True):
-        for micro_step in range(accumulation):
-            with distributed.no_sync(network, skip=not synchronise or micro_step < accumulation - 1):
-                with autocast():
-                    loss = network(imgs)[0] / accumulation
-                scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        schedule = SimpleNamespace(accumulation=accumulation, batch_size=len(imgs))
+        args = SimpleNamespace(seed=0, clip_grad=None)
+        run = SimpleNamespace(args=args, schedule=schedule, scaler=scaler, device=device, rank=0, world_size=1)
+        with distributed.no_sync(network, skip=not synchronise):
+            engine.optimizer_step(run, 0, network, optimizer, loss_fn, itertools.repeat(imgs))
 
     return step
 
@@ -348,19 +351,7 @@ def profile(variant, size, device, args):
         step(imgs)
         synchronise(device)
     kind = 'self_device_time_total' if device.type == 'cuda' else 'self_cpu_time_total'
-    operators = [event for event in profiler.key_averages() if event.device_type == torch.autograd.DeviceType.CPU]
-    events = sorted(operators, key=lambda event: getattr(event, kind), reverse=True)
-    total = sum(getattr(event, kind) for event in events)
-    rows = [
-        {
-            'operator': event.key[:60],
-            'share': f'{getattr(event, kind) / total:.1%}',
-            'ms': f'{getattr(event, kind) / 1e3:.4g}',
-            'calls': event.count,
-        }
-        for event in itertools.islice(events, 20)
-    ]
-    report.publish(args.out, str(device), rows, {'total ms': total / 1e3})
+    print(profiler.key_averages().table(sort_by=kind, row_limit=20))
 
 
 if __name__ == '__main__':

@@ -125,6 +125,35 @@ def test_the_best_checkpoint_has_the_best_weights(job, request, monkeypatch):
     check()
 
 
+def test_another_folder_has_a_best_checkpoint_of_its_own(finetune, monkeypatch):
+    """A run that resumes from elsewhere does not count the best of there, which is not in its folder."""
+    scores = iter([50.0, 30.0, 40.0])
+    metrics = {'val_loss': 1.0, 'val_top5': 90.0}
+    monkeypatch.setattr(engine, 'evaluate_classifier', lambda *_: {'val_top1': next(scores), **metrics})
+    first = finetune('run', '--epochs', '1')
+    other = finetune(
+        'other', '--epochs', '2', '--force_resume', '--resume', str(first.output_dir / 'checkpoint-last.pth')
+    )
+    assert other.checkpoint['best_top1'] == 40 and (other.output_dir / 'checkpoint-best.pth').exists()
+
+
+@pytest.mark.parametrize('change', ['shape', 'empty', 'groups'])
+def test_the_optimiser_of_another_run(change, finetune, capsys):
+    """A fused kernel would write beyond the end of a tensor of another shape."""
+    path = finetune('run', '--epochs', '1').output_dir / 'checkpoint-last.pth'
+    state = torch.load(path, weights_only=True)
+    if change == 'shape':
+        state['optimizer']['state'][0]['exp_avg'] = torch.zeros(3)
+    elif change == 'groups':
+        state['optimizer']['param_groups'].pop()
+    else:
+        state['optimizer'] = {}
+    torch.save(state, path)
+    with pytest.raises(SystemExit) as stopped:
+        finetune('run', '--epochs', '2', '--force_resume')
+    assert stopped.value.code == 2 and 'has the optimiser of another run' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('job', ['finetune', 'linprobe'])
 def test_workers_and_interruptions_change_nothing(job, request, kill_after_saving):
     start = request.getfixturevalue(job)

@@ -20,6 +20,17 @@ LAUNCHERS = {
 }
 
 
+@pytest.mark.parametrize('launcher', LAUNCHERS)
+def test_mpirun_in_a_batch_script_of_slurm(launcher, monkeypatch):
+    """The script's own variables reach the processes that mpirun starts."""
+    for name, value in zip(LAUNCHERS['srun'], '001'):
+        monkeypatch.setenv(name, value)
+    rank_name, local_name, size_name = LAUNCHERS[launcher]
+    for name, value in {rank_name: '1', local_name: '1', size_name: '2'}.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.world() == (1, 2) and distributed.from_launcher(distributed.LOCAL_RANK, 0)[0] == 1
+
+
 @pytest.mark.parametrize('launcher', ['srun', 'Open MPI', pytest.param('MPICH', marks=pytest.mark.slow)])
 def test_a_launcher_starts_processes_without_torchrun(launcher, pretrain, small_run, tmp_path):
     """Two processes that its variables tell of each other train one model, as one process does."""

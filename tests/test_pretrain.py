@@ -9,7 +9,7 @@ import torch
 from conftest import Result, command
 
 import main_pretrain
-from util import checkpoint, distributed, visualize
+from util import checkpoint, data, distributed, sources, transforms, visualize
 from util.args import run_job
 
 
@@ -187,6 +187,15 @@ def test_bad_images_are_replaced_listed_and_limited(workers, pretrain, folder, t
         pretrain('stopped', *flags, '--num_workers', '0')  # an exit with workers would end the tests
     assert exit.value.code == 1
     assert '5 of 45 images cannot be read, more than --max_bad 0.01' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('count', [1, 5, 8, 2000])
+def test_pictures_are_of_different_images(count):
+    source = sources.Shapes('val')
+    source.labels = source.labels[:count]
+    samples = data.Samples(source, transforms.centre_transform((32, 32)), 64)
+    imgs, noise = main_pretrain.examples(samples, (torch.zeros(3), torch.ones(3)), torch.device('cpu'))
+    assert len(imgs) == len(noise) == len(imgs.flatten(1).unique(dim=0)) == min(8, count)
 
 
 def test_resume_notices_other_data(pretrain, folder, capsys):

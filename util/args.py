@@ -10,6 +10,8 @@ import shlex
 import signal
 import sys
 
+import torch
+
 from util import distributed, workers
 from util.errors import InputError, RunError
 
@@ -65,12 +67,12 @@ def run_job(main, parser, argv=None):
     An InputError becomes one line and exit code 2; a RunError, a diverged training or the loss of a loader's worker
     one line and exit code 1. Anything else is a bug and keeps its stack trace.
     """
+    sys.stdout.reconfigure(errors='backslashreplace')  # names of files need not be UTF-8
     try:
         args = parser.parse_args(argv)
     except (ValueError, RecursionError) as error:  # not UTF-8, an open quote, a file that names itself
         parser.error(f'argument file: {error}')
     code, message = 0, None
-    sys.stdout.reconfigure(errors='backslashreplace')  # names of files need not be UTF-8
     try:
         main(args)
     except SystemExit as request:
@@ -87,6 +89,8 @@ def run_job(main, parser, argv=None):
                 '; memory may have run out: try fewer --num_workers, or more shared memory '
                 '(/dev/shm; docker run --shm-size)'
             )
+        elif isinstance(error, torch.OutOfMemoryError):  # of a GPU
+            message = f'{message.splitlines()[0]}; try a smaller --batch_size: the rest of a step is accumulated'
         elif not isinstance(error, RunError):
             raise
         rank, world_size = distributed.world()

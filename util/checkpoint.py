@@ -78,9 +78,10 @@ class Saver:
         epochs, rest = divmod(step, self.run.schedule.steps_per_epoch)
         return bool(self.run.args.keep_every) and rest == 0 and epochs % self.run.args.keep_every == 0
 
-    def save(self, step, best=False, required=False):
+    def save(self, step, best=None, required=False):
         """Write the copies that are kept, then checkpoint-last.pth: killed in between, a resumed run writes them again.
 
+        best: {name: number}, for checkpoint-best.pth and, once that is written, the record.
         required: the last save of a run; RunError if it fails.
         """
         if self.run.rank != 0:
@@ -93,7 +94,7 @@ class Saver:
             'scaler': run.scaler.state_dict(),
             'step': step,
             'epoch': epoch,
-            **run.record,
+            **(run.record | (best or {})),
             'args': {name: plain(value) for name, value in vars(run.args).items()},
         }
         if not all(tensor.isfinite().all() for tensor in state['model'].values()):
@@ -106,6 +107,8 @@ class Saver:
         try:
             for name in names:
                 save(state, run.args.output_dir, name)
+                if name == BEST:
+                    run.record |= best
             self.failed = False
         except (OSError, RuntimeError) as error:
             self.failed, reason = True, getattr(error, 'strerror', error)
@@ -142,7 +145,8 @@ def lock(output_dir):
     Raises:
         InputError: if another process has it.
     """
-    file = open(os.path.join(output_dir, 'lock'), 'a+')
+    with as_input_error():
+        file = open(os.path.join(output_dir, 'lock'), 'a+')
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -165,7 +169,7 @@ def load_run(path):
     """Read a checkpoint of a training run of this project. Raises InputError, as read_file does, or if it is none."""
     state = read_file(path)
     kinds = {'model': dict, 'optimizer': dict, 'scaler': dict, 'step': int, 'args': dict}
-    if not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
+    if not all(isinstance(state.get(name), kind) for name, kind in kinds.items()) or state['step'] < 0:
         raise InputError(f'{path}: not a checkpoint of a training run of this project')
     with as_input_error(path):
         check_tensors(state['model'])
@@ -235,8 +239,14 @@ def restore(state, model, optimizer, scaler):
     """Give model, optimizer and scaler their states of a checkpoint; rates and options stay those of the flags."""
     model.load_state_dict(state['model'])
     saved = state['optimizer']
-    # The options decide where AdamW keeps its step, which fused kernels want on the device.
-    groups = [new | {'params': old['params']} for new, old in zip(optimizer.param_groups, saved['param_groups'])]
-    optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
+    try:
+        # The options decide where AdamW keeps its step, which fused kernels want on the device.
+        groups = [new | {'params': old['params']} for new, old in zip(optimizer.param_groups, saved['param_groups'])]
+        optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
+        for parameter, kept in optimizer.state.items():
+            if any(number.dim() and number.shape != parameter.shape for number in kept.values()):
+                raise ValueError  # a fused kernel would write beyond its end
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise InputError('the checkpoint has the optimiser of another run; --resume none starts anew') from None
     if state['scaler']:  # empty where there was no fp16
         scaler.load_state_dict(state['scaler'])

@@ -12,10 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from util.errors import InputError, RunError
 
-# Variables that launchers set: torchrun, srun, Open MPI, MPICH and Intel MPI.
-RANK = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK', 'PMI_RANK')
-WORLD_SIZE = ('WORLD_SIZE', 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE', 'PMI_SIZE')
-LOCAL_RANK = ('LOCAL_RANK', 'SLURM_LOCALID', 'OMPI_COMM_WORLD_LOCAL_RANK', 'MPI_LOCALRANKID')
+# Variables that launchers set: torchrun, Open MPI, MPICH and Intel MPI, srun. SLURM's come last: a batch script has
+# them, and hands them on to the processes of mpirun.
+RANK = ('RANK', 'OMPI_COMM_WORLD_RANK', 'PMI_RANK', 'SLURM_PROCID')
+WORLD_SIZE = ('WORLD_SIZE', 'OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'SLURM_NTASKS')
+LOCAL_RANK = ('LOCAL_RANK', 'OMPI_COMM_WORLD_LOCAL_RANK', 'MPI_LOCALRANKID', 'SLURM_LOCALID')
 
 
 def from_launcher(names, default):

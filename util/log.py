@@ -95,7 +95,9 @@ class Log:
             self.say(f'epoch {epoch:.2f}  step {step}/{self.total_steps}  {numbers}  ETA {self.eta()}')
         else:
             self.bar.set_description(f'epoch {epoch:.2f}', refresh=False)
-            self.bar.set_postfix({name: value for name, value in shown.items() if name in IN_THE_BAR or 'val' in name})
+            self.bar.set_postfix(
+                {name: value for name, value in shown.items() if name in ('loss', 'images_per_s') or 'val' in name}
+            )
 
     def figure(self, name, figure, step):
         """A matplotlib figure, to output_dir/NAME.png and to TensorBoard."""
@@ -120,9 +122,6 @@ class Log:
             for file in (self.board, self.file):
                 with self.tolerate_full_disk():
                     file.close()
-
-
-IN_THE_BAR = ('loss', 'images_per_s')
 
 
 def tensorboard_tag(name):
