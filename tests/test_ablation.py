@@ -5,6 +5,7 @@ import os
 
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 import main_finetune
 import main_linprobe
@@ -122,6 +123,15 @@ def test_one_failure_does_not_lose_the_others(jobs, run_ablation, tmp_path, caps
     assert 'MAE-seed1.json' in run_ablation('--variants', 'MAE', 'MFF', '--seeds', '0', '1')
     with pytest.raises(InputError, match='other --pretrain_flags; name another --results'):
         run_ablation('--pretrain_flags', '--epochs 4')
+
+
+def test_data_without_validation_images(jobs, run_ablation, tmp_path):
+    for name in ('a', 'b'):
+        (tmp_path / 'images' / name).mkdir(parents=True)
+        Image.new('RGB', (40, 40)).save(tmp_path / 'images' / name / '1.png')
+    with pytest.raises(InputError, match='no validation images'):
+        run_ablation('--data_path', str(tmp_path / 'images'))
+    assert not jobs()
 
 
 @pytest.mark.parametrize('recipe', sorted(path.name for path in (ROOT / 'recipes').glob('ablation_*.txt')))

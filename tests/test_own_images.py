@@ -4,13 +4,16 @@ import io
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import types
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import Result
+from conftest import ROOT, Result
 from timm.models.vision_transformer import VisionTransformer
 
 import engine
@@ -107,6 +110,13 @@ def test_predictions_of_a_folder_with_a_bad_image(images, finetuned, tmp_path, c
     assert [line['image'] for line in lines] == [str(tmp_path / '0.png'), str(tmp_path / '1.png')]
     assert all(len(line['classes']) == 5 and set(line['classes']) <= set(sources.Shapes.classes) for line in lines)
     assert stopped.value.code == 1 and err == f'{tmp_path / "00.png"}: not an image of a known format\n'
+
+
+def test_predictions_whose_reader_has_seen_enough(images, finetuned):
+    flags = f'--predict {images} --device cpu --init_from {finetuned.output_dir / "checkpoint-last.pth"}'
+    shell = f'{sys.executable} main_finetune.py {flags} | true; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(['bash', '-c', shell], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 128 + signal.SIGPIPE and done.stderr == ''
 
 
 def test_features_belong_to_their_names(images, pretrained, tmp_path):

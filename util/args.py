@@ -75,6 +75,10 @@ def run_job(main, parser, argv=None):
     code, message = 0, None
     try:
         main(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
     except SystemExit as request:
         code = request.code or 0
     except (InputError, FloatingPointError) as error:  # on all processes alike
