@@ -273,7 +273,7 @@ def segmentation_figure(rows, classes):
         axis.set_title(title, fontsize=10)
     colours = palette(len(classes)) / 255
     patches = [Patch(color=colours[label], label=classes[label]) for label in sorted(shown) if label < len(classes)]
-    figure.legend(handles=patches[:40], loc='center right', fontsize=7, frameon=False)
+    figure.legend(handles=patches[:40], loc='upper left', bbox_to_anchor=(0.76, 0.98), fontsize=9, frameon=False)
     return figure
 
 
