@@ -84,7 +84,7 @@ def make_table(groups):
         final = {variant: {seed: points[-1][1] for seed, points in group.items()} for variant, group in curves.items()}
         for variant, values in final.items():
             cells[variant][name] = in_words(list(values.values()), digits)
-        for variant in final.keys() - {BASE}:
+        for variant in [variant for variant in final if variant != BASE]:
             both = sorted(final[variant].keys() & final.get(BASE, {}).keys())
             differences = [final[variant][seed] - final[BASE][seed] for seed in both]
             cells.setdefault(f'{variant} - {BASE}', {})[name] = in_words(differences, digits, '+')
