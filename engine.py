@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from util import checkpoint, data, distributed, optim, sources, transforms, weights
-from util.errors import INTERRUPTED, InputError
+from util.errors import INTERRUPTED, InputError, as_input_error
 from util.log import Log, Meter
 from util.optim import Schedule
 
@@ -193,7 +193,8 @@ def train(run, model, optimizer, loss_fn, loader, events, title=''):
         checkpoint.restore(run.state, model, optimizer, run.scaler)
         run.state = None
     network = distributed.wrap(model, run.device, args.compile)
-    log = Log(run)
+    with as_input_error(args.output_dir):
+        log = Log(run)
     log.say(describe(run, model, title))
     saver = checkpoint.Saver(run, model, optimizer, log.say)
     meter = Meter(run, loader, log.say)

@@ -81,9 +81,10 @@ def main(args):
     statistics = settings.mean, settings.std
     augment = transforms.finetune_transform(settings.sizes['img_size'], statistics, args.aa, args.reprob)
     samples = data.Samples(train_source, augment, seed=args.seed)
-    image = samples.read(0, 0)[0]
-    if args.aa != 'none' and (image.dtype != torch.uint8 or len(image) not in (1, 3)):
-        raise InputError('RandAugment needs 8-bit images of 1 or 3 channels; for others give --aa none')
+    if args.aa != 'none':
+        image = samples.read(0, 0)[0]
+        if image.dtype != torch.uint8 or len(image) not in (1, 3):
+            raise InputError('RandAugment needs 8-bit images of 1 or 3 channels; for others give --aa none')
 
     # --- Run: output folder, checkpoint to resume, processes, device ----------------------------------------------
     schedule = optim.make_schedule(args, len(train_source), usual_batch=1024)

@@ -1,6 +1,7 @@
 """Launchers: what they say of the processes, and what a process without its companions is told."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -58,6 +59,14 @@ def test_a_process_in_an_allocation_is_told_what_it_waits_for(small_run):
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert 'SLURM_NTASKS=4 says that 4 processes run' in line and 'MASTER_ADDR and MASTER_PORT' in line
+
+
+@pytest.mark.parametrize('name', ['WORLD_SIZE', 'RANK', 'SLURM_NTASKS'])
+def test_a_launcher_variable_that_is_no_number_is_one_line(name, monkeypatch, pretrain, capsys):
+    monkeypatch.setenv(name, 'two')
+    with pytest.raises(SystemExit) as exit:
+        pretrain('run')
+    assert exit.value.code == 2 and re.fullmatch(f"[^\n]*error: {name}: [^\n]*'two'\n", capsys.readouterr().err)
 
 
 def test_a_process_that_waits_says_so(monkeypatch, capsys):

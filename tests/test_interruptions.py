@@ -252,6 +252,13 @@ def test_a_log_that_cannot_be_written_is_said_once(pretrain, monkeypatch, capsys
     assert capsys.readouterr().out.count('cannot write the log') == 1 and result.checkpoint['step'] == 4
 
 
+def test_a_log_that_cannot_be_opened_is_one_line(pretrain, capsys, tmp_path):
+    (tmp_path / 'run/log.jsonl.tmp').mkdir(parents=True)
+    with pytest.raises(SystemExit) as exit:
+        pretrain('run')
+    assert exit.value.code == 2 and f'{tmp_path}/run: Is a directory\n' in capsys.readouterr().err
+
+
 # --- Numbers --------------------------------------------------------------------------------------------------
 
 

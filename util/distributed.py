@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from util.errors import InputError, RunError
+from util.errors import InputError, RunError, as_input_error
 
 # Variables that launchers set: torchrun, Open MPI, MPICH and Intel MPI, srun. SLURM's come last: a batch script has
 # them, and hands them on to the processes of mpirun.
@@ -20,8 +20,10 @@ LOCAL_RANK = ('LOCAL_RANK', 'OMPI_COMM_WORLD_LOCAL_RANK', 'MPI_LOCALRANKID', 'SL
 
 
 def from_launcher(names, default):
-    """(value, name) of the first of these variables that is set."""
-    return next(((int(os.environ[name]), name) for name in names if name in os.environ), (default, None))
+    """(value, name) of the first of these variables that is set. Raises InputError if that is not a number."""
+    name = next((name for name in names if name in os.environ), None)
+    with as_input_error(name):
+        return int(os.environ[name]) if name else default, name
 
 
 def world():
