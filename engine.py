@@ -94,7 +94,8 @@ def start_run(args, schedule, model, settings, classes=None):
     if state is not None:
         checkpoint.check_same_run(state, args, model, record)
         start = state['step']
-        if os.path.exists(os.path.join(args.output_dir, checkpoint.BEST)):  # else --resume is of another folder
+        home = args.output_dir if args.resume == 'auto' else os.path.dirname(os.path.abspath(args.resume))
+        if os.path.samefile(home, args.output_dir) and os.path.exists(os.path.join(home, checkpoint.BEST)):
             record |= {name: value for name, value in state.items() if name.startswith('best_')}
         if start > schedule.total_steps:
             raise InputError(f'the checkpoint is at step {start}, but this run ends at step {schedule.total_steps}')
@@ -347,11 +348,7 @@ def report_classifier(args, model, source, settings, origin):
     Raises:
         InputError: if the checkpoint names other classes than the source.
     """
-    flags, path = vars(settings.flags), args.data_path
-    if settings.classes:
-        sources.check_same_classes(settings.classes, source.classes, 'the checkpoint', path)
-    if flags.get('val_share') and flags.get('data_path') == path == getattr(source, 'root', None):
-        origin += f'\nMost of these images were trained on; --val_share {flags["val_share"]:g} evaluates the others'
+    check_evaluated(args, source, settings)
     device = distributed.start(distributed.choose_device(args.device))
     autocast, _ = distributed.mixed_precision(args.amp, device)
     loader = classes_loader(args, source, settings, device)
@@ -364,6 +361,20 @@ def report_classifier(args, model, source, settings, origin):
             f'loss {metrics["val_loss"]:.4f}  on {len(source) - bad} images{unreadable}'
         )
     distributed.stop()
+
+
+def check_evaluated(args, source, settings):
+    """Before --eval: compare the classes with the checkpoint's, and say so if it was trained on most of the images.
+
+    Raises:
+        InputError: if the classes differ.
+    """
+    if settings.classes:
+        sources.check_same_classes(settings.classes, source.classes, 'the checkpoint', args.data_path)
+    then = vars(settings.flags)
+    if then.get('val_share') and getattr(source, 'is_everything', False) and distributed.world()[0] == 0:
+        if os.path.abspath(then['data_path']) == os.path.abspath(args.data_path):
+            print(f'Most of these images were trained on; --val_share {then["val_share"]:g} evaluates the others')
 
 
 def train_classifier(run, model, optimizer, loss_fn, loader, val_loader, title):

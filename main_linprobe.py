@@ -82,6 +82,8 @@ def main(args):
 
     # --- Run: output folder, checkpoint to resume, processes, device ----------------------------------------------
     schedule = optim.make_schedule(args, len(train_source), usual_batch=16384)
+    if schedule.batch_size < 2:
+        raise InputError('BatchNorm needs at least two images on a device: a larger --total_batch_size or --batch_size')
     run = engine.start_run(args, schedule, model, settings, val_source.classes)
     model.to(run.device)
     loader = engine.training_loader(run, samples, settings)
@@ -100,7 +102,7 @@ def main(args):
 
 def create_lars(head, lr, momentum, weight_decay=0.0):
     """LARS as in MAE: it adapts the learning rate of the weight, also without decay, but not that of the bias."""
-    groups = [{'params': [head.weight], 'always_adapt': True}, {'params': [head.bias]}]
+    groups = [{'params': [head.weight], 'always_adapt': True}, {'params': [head.bias], 'weight_decay': 0.0}]
     return Lars(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
 
@@ -144,7 +146,9 @@ def write_features(args, encoder, settings):
     Images that cannot be read are left out.
     """
     if distributed.world()[1] > 1:
-        raise InputError('--features runs in one process; start it without torchrun')
+        raise InputError(
+            f'--features runs in one process, and the launcher says {distributed.world()[1]}; start it without'
+        )
     if not args.features.endswith('.npz') or not os.path.isdir(os.path.dirname(args.features) or '.'):
         raise InputError(f'--features {args.features}: must end in .npz and lie in an existing folder')
     parts = [source for source in sources.open_sources(args, settings.sizes) if source is not None]
@@ -153,7 +157,7 @@ def write_features(args, encoder, settings):
     origin = engine.initial_weights(args, encoder, settings)
     with as_input_error():
         open(args.features, 'ab').close()  # before the work, as it may not be writable
-    device = distributed.start(distributed.choose_device(args.device), join=False)
+    device = distributed.start(distributed.choose_device(args.device))
     encoder.to(device)
     names, labels, arrays = [], [], []
     for source in parts:

@@ -10,8 +10,6 @@ processes and recipes are as in main_pretrain.py.
 
 import argparse
 import dataclasses
-import json
-import math
 import os
 import shlex
 
@@ -39,7 +37,8 @@ def get_parser():
     add('--scale', type=count, nargs=2, metavar=('LONG', 'SHORT'), help='of images (default: 4 and 1 times the crop)')
     add('--scale_range', type=number(float, 0.1, 10), nargs=2, default=[0.5, 2.0], help='random factors of --scale')
     add('--num_classes', type=number(int, 2, 255), help='where no classes.txt names the classes')
-    add('--reduce_zero_label', action=argparse.BooleanOptionalAction, help='ignore 0 in masks; 1 is the first class')
+    zero = 'ignore 0 in masks; 1 is the first class (default: for ADE20K)'
+    add('--reduce_zero_label', action=argparse.BooleanOptionalAction, help=zero)
     add('--ignore_label', type=number(int, 0, 255), help='number in masks to ignore (default: 255)')
     add('--total_steps', type=count, help='length of the training, instead of --epochs')
     add('--warmup_steps', type=number(int, 0), help='instead of --warmup_epochs')
@@ -132,20 +131,22 @@ def settle(args):
     flags = settings.flags if sides else argparse.Namespace()
 
     def choose(name, usual):
-        return next(value for value in (getattr(args, name), getattr(flags, name, None), usual) if value is not None)
+        values = (getattr(args, name), getattr(flags, name, None), usual)
+        return next((value for value in values if value is not None), None)
 
     sizes = {name: settings.sizes[name] for name in weights.ENCODER}
     sizes['channels'] = args.channels or sides.get('channels', sizes['embed_dim'])
     sizes['aux_channels'] = args.aux_channels or sides.get('aux_channels', min(256, sizes['channels']))
     sizes['levels'] = tuple(choose('levels', default_levels(sizes['depth'])))
-    classes = settings.classes if sides else None
+    settings = dataclasses.replace(settings, sizes=sizes, classes=settings.classes if sides else None)
+    classes = settings.classes
     if sides and not classes:  # of mmsegmentation, which does not name them
         classes = masks.ADE20K if sides['classes'] == len(masks.ADE20K) else list(map(str, range(sides['classes'])))
     labels = masks.Labels(
         classes=list(map(str, range(args.num_classes))) if args.num_classes else None,
-        otherwise=classes,
+        of_checkpoint=classes,
         ignore=choose('ignore_label', masks.IGNORE),
-        reduce_zero=choose('reduce_zero_label', False),
+        reduce_zero=choose('reduce_zero_label', None),
     )
     size = sizes['img_size']
     window = segmentation.Window(
@@ -162,7 +163,7 @@ def settle(args):
         )
     if any(step > side for step, side in zip(window.stride, size)):
         raise InputError(f'--stride {window.stride[0]} {window.stride[1]} leaves gaps between windows of {size}')
-    return dataclasses.replace(settings, sizes=sizes, classes=classes), labels, window
+    return settings, labels, window
 
 
 def make_schedule(args, num_images):
@@ -186,12 +187,12 @@ def make_schedule(args, num_images):
 
 
 def report(args, model, samples, settings, window, origin):
-    """--eval: evaluate, print a table, and add a line to log.jsonl."""
-    checkpoint.make_output_dir(args.output_dir)
+    """--eval: evaluate, and print a table."""
     device = distributed.start(distributed.choose_device(args.device))
     autocast, _ = distributed.mixed_precision(args.amp, device)
     classes = samples.source.classes
-    loader = engine.evaluation_loader(args, device, samples, settings, 1, args.output_dir)  # any size
+    engine.check_evaluated(args, samples.source, settings)
+    loader = engine.evaluation_loader(args, device, samples, settings, 1)  # any size
     metrics = segmentation.evaluate(model.to(device), loader, window, classes, autocast)
     if distributed.world()[0] == 0:
         print(origin)
@@ -203,9 +204,6 @@ def report(args, model, samples, settings, window, origin):
             f'{metrics["val_pixel_acc"]:.2f} %  on {len(samples) - bad} images'
             + (f' ({bad} cannot be used)' if bad else '')
         )
-        with open(os.path.join(args.output_dir, 'log.jsonl'), 'a') as file:
-            finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-            file.write(json.dumps({'eval': args.init_from, 'data_path': args.data_path, **finite}) + '\n')
     distributed.stop()
 
 
@@ -216,13 +214,14 @@ def predict(args):
     """
     if not args.init_from:
         raise InputError('--predict needs a segmenter: --init_from CHECKPOINT')
-    settings, _, window = settle(args)
-    if not settings.classes:
+    settings, labels, window = settle(args)
+    classes = labels.of_checkpoint
+    if not classes:
         raise InputError(
             f'{args.init_from}: not a segmenter; --predict needs one trained by main_segment.py or mmsegmentation'
         )
     with as_input_error():
-        model = UperNet(**settings.sizes, num_classes=len(settings.classes))
+        model = UperNet(**settings.sizes, num_classes=len(classes))
     print(weights.load_weights(model, args.init_from, complete=True))
     device = distributed.start(distributed.choose_device(args.device), join=False)
     autocast, _ = distributed.mixed_precision(args.amp, device)
@@ -237,9 +236,9 @@ def predict(args):
         written |= {name, f'{name}_overlay'}
         file = os.path.join(folder, name)
         indexed = Image.fromarray(predicted)
-        indexed.putpalette(visualize.palette(len(settings.classes)).tobytes())
+        indexed.putpalette(visualize.palette(len(classes)).tobytes())
         indexed.save(f'{file}.png')
-        visualize.overlay(image, predicted, settings.classes).save(f'{file}_overlay.png')
+        visualize.overlay(image, predicted, classes).save(f'{file}_overlay.png')
         print(f'{path}  {file}.png  {file}_overlay.png')
 
 

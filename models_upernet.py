@@ -8,7 +8,7 @@ mmsegmentation 1.2.2 (configs/mae), whose recipe is that of MFF's authors.
                    |         |         |           |
                  x 4       x 2       x 1         x 1/2          neck: a ViT has one resolution, a pyramid four
                    |         |         |           |
-                   |         |         |     pyramid pooling    1, 2, 3 and 6 cells a side
+                   |         |         |     pyramid pooling    1, 2, 3 and 6 cells per side
                 lateral   lateral   lateral        |
                    + <------ + <------ + <---------+            top-down: what is above, enlarged, is added
                    |         |         |           |
@@ -32,6 +32,11 @@ from torchvision.ops import Conv2dNormActivation as ConvNormReLU  # its convolut
 from models_mff import check_image_size, check_layers, check_width
 
 DROPOUT = 0.1  # of whole channels, before both classifiers
+
+
+class Pool(nn.AdaptiveAvgPool2d):
+    def forward(self, x):  # on MPS, only cells of equal size work (pytorch issue 143864)
+        return super().forward(x.cpu()).to(x.device) if x.device.type == 'mps' else super().forward(x)
 
 
 class UperNet(nn.Module):
@@ -101,7 +106,7 @@ class UperNet(nn.Module):
             nn.MaxPool2d(2),
         ])  # fmt: skip
         self.pools = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(cells), ConvNormReLU(embed_dim, channels, 1)) for cells in (1, 2, 3, 6)
+            nn.Sequential(Pool(cells), ConvNormReLU(embed_dim, channels, 1)) for cells in (1, 2, 3, 6)
         )
         self.pool_conv = ConvNormReLU(embed_dim + 4 * channels, channels, 3)
         self.laterals = nn.ModuleList(ConvNormReLU(embed_dim, channels, 1) for _ in range(3))

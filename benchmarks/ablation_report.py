@@ -14,7 +14,7 @@ from util.args import ArgumentParser, run_job
 from util.errors import InputError
 from util.visualize import draw_fusion_curves, finish, fusion_curves
 
-MEASURES = {  # name of a curve in a result: its name for people
+MEASURES = {  # name of a curve in a result: its title
     'val_loss': 'validation loss',
     'val_knn_cls': '20-NN, cls token, subset',
     'val_knn_patches': '20-NN, mean of patches, subset',

@@ -1,4 +1,4 @@
-"""Images a second of the input alone: the plain pipeline, ours, and ours on a copy that util.resize made.
+"""Images per second of the input alone: the plain pipeline, ours, and ours on a copy that util.resize made.
 
     python -m benchmarks.loader --data_path IMAGES
     python -m benchmarks.loader --data_path IMAGES --workers 1 8 16 --batch_size 256 --images 20000

@@ -32,11 +32,6 @@ def environment(device):
     }
 
 
-def heading(facts):
-    """Markdown of environment's dict, a line each."""
-    return '\n'.join(f'{name}: {value}  ' for name, value in facts.items())
-
-
 def spread(values, digits=3):
     """'median (lowest to highest)' of the rounds."""
     low, middle, high = (f'{x:.{digits}g}' for x in (min(values), statistics.median(values), max(values)))
@@ -53,7 +48,8 @@ def table(rows):
 def publish(out, device, rows, rounds):
     """Print the table last; write it as out.md, and with every round as out.json."""
     facts = environment(device)
-    text = f'{heading(facts)}\n\n{table(rows)}\n'
+    heading = '\n'.join(f'{name}: {value}  ' for name, value in facts.items())
+    text = f'{heading}\n\n{table(rows)}\n'
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(f'{out}.md').write_text(text)

@@ -4,8 +4,8 @@
     python -m benchmarks.scaling --processes 1 2 --model tiny --device cpu --threads 1
 
 Each number of processes is started by torchrun as main_pretrain.py is. A step is one optimiser step on the total
-batch, in micro-steps of --batch_size images a process, of which the last synchronises; in every other timing none does,
-and the difference is the share lost. The numbers of processes take turns.
+batch, in micro-steps of --batch_size images per process, of which the last synchronises; in every other timing none
+does, and the difference is the share lost. The numbers of processes take turns.
 """
 
 import json

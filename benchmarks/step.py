@@ -26,6 +26,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import engine
 from benchmarks import report
@@ -219,28 +220,14 @@ def check_peer(size):
 
 
 def forward_flops(model, mask_ratio=0.75):
-    """Floating-point operations of one image's forward pass, two a multiply-add, in matrix products only.
+    """Floating-point operations of one image's forward pass, two per multiply-add, in matrix products only.
 
-    T tokens take T D D' through a Linear of D to D', and 2 T T D in attention (scores, then values). The encoder
-    sees 1 + V tokens, the decoder 1 + L; a training step does three times as much: backward multiplies by the
-    weights and by the activations.
+    A training step does three times as much: backward multiplies by the weights and by the activations.
     """
-    num_patches = model.patch_embed.num_patches
-    visible, whole = 1 + int(num_patches * (1 - mask_ratio)), 1 + num_patches
-
-    def linear(module):
-        return sum(p.numel() for p in module.parameters() if p.dim() > 1)
-
-    def attention(blocks, tokens):
-        return 2 * tokens**2 * blocks[0].attn.proj.out_features * len(blocks)
-
-    return 2 * (
-        num_patches * linear(model.patch_embed)
-        + visible * (linear(model.blocks) + linear(model.fuse_projs) + linear(model.decoder_embed))
-        + attention(model.blocks, visible)
-        + whole * (linear(model.decoder_blocks) + linear(model.decoder_pred))
-        + attention(model.decoder_blocks, whole)
-    )
+    device = model.cls_token.device
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(1, model.in_chans, *model.patch_embed.img_size, device=device), mask_ratio)
+    return counter.get_total_flops()
 
 
 # --- Rounds ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Fine-tuning and probing: against the reference's tensors, formulas and libraries, and as whole runs."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,11 +59,12 @@ def test_linear_probe_is_the_reference(reference):
     assert torch.allclose(model.eval()(expected['imgs']), expected['logits'], atol=1e-5)
 
 
-def test_lars_is_the_formula():
-    """You et al. (2017) as MAE uses it: the weight's step is scaled by 0.001 |w| / |g|, the bias's is not."""
+@pytest.mark.parametrize('weight_decay', [0.0, 0.1])
+def test_lars_is_the_formula(weight_decay):
+    """You et al. (2017) as MAE uses it: only the weight's step is scaled by 0.001 |w| / |g|, and only it may decay."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(5, 3)
-    optimizer = main_linprobe.create_lars(layer, lr=0.7, momentum=0.9)
+    optimizer = main_linprobe.create_lars(layer, lr=0.7, momentum=0.9, weight_decay=weight_decay)
     values = {name: p.detach().double().clone() for name, p in layer.named_parameters()}
     buffers = dict.fromkeys(values, 0.0)
     for step in range(30):
@@ -78,7 +80,8 @@ def test_lars_is_the_formula():
             values[name] = values[name] - lr * buffers[name]
         optimizer.step()
         for name, p in layer.named_parameters():
-            assert torch.allclose(p.double(), values[name], atol=1e-6), (step, name)
+            if name == 'bias' or not weight_decay:
+                assert torch.allclose(p.double(), values[name], atol=1e-6), (step, name)
 
 
 def test_head_and_drop_path():
@@ -135,6 +138,20 @@ def test_another_folder_has_a_best_checkpoint_of_its_own(finetune, monkeypatch):
         'other', '--epochs', '2', '--force_resume', '--resume', str(first.output_dir / 'checkpoint-last.pth')
     )
     assert other.checkpoint['best_top1'] == 40 and (other.output_dir / 'checkpoint-best.pth').exists()
+
+    monkeypatch.setattr(engine, 'evaluate_classifier', lambda *_: {'val_top1': 45.0, **metrics})
+    flags = ['--epochs', '2', '--force_resume', '--resume', str(first.output_dir / 'checkpoint-last.pth')]
+    assert finetune('other', *flags).checkpoint['best_top1'] == 45  # not 50, though a best checkpoint is there
+
+
+def test_other_classes_of_as_many_images_do_not_resume(finetune, folder, tmp_path, capsys):
+    images = shutil.copytree(folder, tmp_path / 'images')
+    finetune('run', '--epochs', '1', '--data_path', str(images))
+    for split in ('train', 'val'):
+        (images / split / 'bar').rename(images / split / 'zebra')
+    with pytest.raises(SystemExit) as stopped:
+        finetune('run', '--epochs', '1', '--data_path', str(images))
+    assert stopped.value.code == 2 and 'other classes, or another order of them' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('change', ['shape', 'empty', 'groups'])
@@ -241,6 +258,12 @@ def test_probe_trains_the_head_only(linprobe):
             assert torch.equal(tensor, fresh[name]), name
     assert not torch.equal(state['model']['head.weight'], fresh['head.weight'])
     assert len(state['optimizer']['state']) == 2  # weight and bias of the head
+
+
+def test_batch_norm_of_one_image_is_a_mistake(linprobe, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        linprobe('run', '--batch_size', '1')
+    assert stopped.value.code == 2 and 'BatchNorm needs at least two images' in capsys.readouterr().err
 
 
 def test_probes_backbone_is_in_eval_mode():

@@ -108,18 +108,6 @@ def test_masks_are_the_same_for_every_crop():
 # --- The loader -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('first', [0, 1])
-@pytest.mark.parametrize('num_workers', [0, 1])
-def test_uint8_and_float_images_in_one_batch(first, num_workers):
-    """Whatever comes first, each is normalised as it is in a batch of its own."""
-    source = [(torch.full((3, 4, 4), 51, dtype=torch.uint8), 0), (torch.full((3, 4, 4), 0.6), 1)]
-    samples = data.Samples(source, lambda image: image)
-    keys = [(0, first), (0, 1 - first)]
-    (imgs, _), *_ = data.Loader(samples, [keys], CPU, STATISTICS, num_workers)
-    alone = [batch for batch, _ in data.Loader(samples, [[key] for key in keys], CPU, STATISTICS, num_workers)]
-    assert torch.equal(imgs, torch.cat(alone)) and imgs[first, 0, 0, 0].item() == pytest.approx((0.2 - 0.5) / 0.25)
-
-
 @pytest.mark.parametrize('num_workers', [0, 2])
 def test_loader_gives_normalised_batches(num_workers):
     source = Shapes('val', (16, 16))

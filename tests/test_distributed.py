@@ -29,7 +29,7 @@ def test_mpirun_in_a_batch_script_of_slurm(launcher, monkeypatch):
     rank_name, local_name, size_name = LAUNCHERS[launcher]
     for name, value in {rank_name: '1', local_name: '1', size_name: '2'}.items():
         monkeypatch.setenv(name, value)
-    assert distributed.world() == (1, 2) and distributed.from_launcher(distributed.LOCAL_RANK, 0)[0] == 1
+    assert distributed.world() == (1, 2) and distributed.from_launcher(distributed.LOCAL_RANK, 0) == 1
 
 
 @pytest.mark.parametrize('launcher', ['srun', 'Open MPI', pytest.param('MPICH', marks=pytest.mark.slow)])
@@ -91,6 +91,12 @@ def test_a_task_may_see_its_own_gpu_only(visible, device, monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
     assert distributed.start('cuda') == torch.device(device) == chosen[0]
+
+
+def test_processes_do_not_share_an_apple_gpu(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(InputError, match='--device cpu works'):
+        distributed.start('mps')
 
 
 def test_disagreeing_processes_are_stopped(monkeypatch):

@@ -1,9 +1,7 @@
 """Weights out: an exported folder gives in timm what the model gives here, and says how to prepare an image for it."""
 
 import json
-import os
 import re
-import stat
 
 import numpy as np
 import pytest
@@ -149,15 +147,6 @@ def test_timm_prepares_images_as_the_checkpoint_was_trained(tmp_path):
     assert torch.allclose(transform(image), expected, atol=1e-5)
 
 
-def test_files_have_the_mode_that_the_umask_gives(tmp_path):
-    before = os.umask(0o027)
-    try:
-        folder = exported(checkpoint(classifier('avg'), input_size=[16, 24]), tmp_path)
-    finally:
-        os.umask(before)
-    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.rglob('*') if path.is_file()} == {0o640}
-
-
 def test_a_run(pretrain, tmp_path):
     output_dir = pretrain('run', '--epochs', '1').output_dir
     run_job(export.main, export.get_parser(), [str(output_dir / 'checkpoint-last.pth'), str(tmp_path / 'out')])
@@ -167,22 +156,13 @@ def test_a_run(pretrain, tmp_path):
         assert torch.equal(from_folder(tmp_path / 'out')(imgs), expected(imgs))
 
 
-def test_mistakes_get_one_line_code_2_and_leave_nothing(tmp_path, capsys, monkeypatch):
+def test_mistakes_get_one_line_and_code_2(tmp_path, capsys):
     (tmp_path / 'broken.pth').write_text('nothing')
     state = checkpoint(classifier('avg'), input_size=[16, 24])
     torch.save(state['model'], tmp_path / 'bare.pth')
     torch.save({**state, 'classes': ['a']}, tmp_path / 'classes.pth')
     torch.save({**state, 'sizes': {'num_heads': 7, 'img_size': [16, 24]}}, tmp_path / 'heads.pth')
     torch.save(state, tmp_path / 'good.pth')
-    torch.save(state, tmp_path / 'full.pth')
-    replace = os.replace
-
-    def on_a_full_disk(source, target):
-        if target.endswith('README.md'):
-            raise OSError(28, 'No space left on device')
-        replace(source, target)
-
-    monkeypatch.setattr(os, 'replace', on_a_full_disk)
     for name, message in [
         ('missing.pth', 'No such file'),
         ('broken.pth', 'not a weights file'),
@@ -190,7 +170,6 @@ def test_mistakes_get_one_line_code_2_and_leave_nothing(tmp_path, capsys, monkey
         ('classes.pth', 'head has 3 classes, but it names 1'),
         ('heads.pth', 'do not fit'),
         ('good.pth', 'cannot write there'),
-        ('full.pth', r'cannot write there \(No space left'),
     ]:
         out = '/dev/null/out' if name == 'good.pth' else tmp_path / 'new/out'
         with pytest.raises(SystemExit) as exit:

@@ -142,6 +142,8 @@ def test_subset_keeps_the_shares_of_classes():
     chosen = features.spread(labels, 40)
     assert len(set(chosen.tolist())) == 40 and np.bincount(labels[chosen]).tolist() == [10, 20, 10]
     assert sorted(features.spread(labels, 1000).tolist()) == list(range(400))
+    labels[::4] = -1  # unlabelled
+    assert np.bincount(labels[features.spread(labels, 30)]).tolist() == [0, 20, 10]
 
 
 # --- The flags ----------------------------------------------------------------------------------------------------

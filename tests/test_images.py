@@ -201,13 +201,13 @@ def test_a_transparent_rgb_value(tmp_path):
     assert image[:, 0].T.tolist() == [COLOURS[0].tolist(), COLOURS[1].tolist(), [9, 8, 7], COLOURS[3].tolist()]
 
 
-@pytest.mark.parametrize('mode', ['RGBa', 'La', 'PA'])
+@pytest.mark.parametrize('mode', ['RGBa', 'PA'])
 def test_modes_that_only_pil_has(mode):
     """Premultiplied, and a palette with alpha: as data sets of PIL images may give them."""
     straight = Image.fromarray(np.array([[[200, 200, 200, 128], [50, 50, 50, 0]]], np.uint8))
-    image = straight.convert('LA').convert('La') if mode == 'La' else straight
-    image = straight.convert('RGBa') if mode == 'RGBa' else image
-    if mode == 'PA':
+    if mode == 'RGBa':
+        image = straight.convert('RGBa')
+    else:
         image = straight.convert('RGB').convert('P').convert('PA')
         image.putalpha(straight.getchannel('A'))
     pixels = images.pil_to_tensor(image, 3, (0, 255, 0))[:, 0].T.tolist()

@@ -209,7 +209,7 @@ def test_a_mistake_gets_one_line(job, flags, message, images, pretrained, finetu
 
 
 def test_evaluation_on_training_images_says_so(images, finetuned, capsys):
-    flags = ['--eval', '--data_path', images, '--init_from', finetuned.output_dir / 'checkpoint-best.pth']
+    flags = ['--eval', '--data_path', f'{images}/', '--init_from', finetuned.output_dir / 'checkpoint-best.pth']
     start('finetune', *flags, '--num_workers', '0')
     assert 'Most of these images were trained on; --val_share 0.1 evaluates the others' in capsys.readouterr().out
     start('finetune', *flags, '--num_workers', '0', '--val_share', '0.1')

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from util import resize, transforms
-from util.args import run_job
+from util.args import ArgumentParser, add_common_arguments, run_job
 from util.folders import Options
 from util.images import array_to_tensor
-from util.sources import open_source
+from util.sources import open_source, open_sources
 
 
 @pytest.fixture
@@ -87,6 +87,18 @@ def test_names_labels_and_order(folder, resized, tmp_path, workers, capsys):
         expected = [(f'{name}.jpg', label) for name, label in labelled(source)]
         assert labelled(open_source(str(copy), split)) == expected
     assert f'84 images, 0.1 MB, in {copy} 0.1 MB' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('flags', [[], ['--lossless']])
+def test_a_copy_holds_out_what_its_source_does(flags, resized, tmp_path):
+    src, sizes = photographs(tmp_path / 'src'), {'in_chans': 3, 'img_size': (16, 16)}
+    held_out = []
+    for root in (src, resized(src, *flags)):
+        args = ArgumentParser()
+        add_common_arguments(args)
+        val = open_sources(args.parse_args(['--data_path', str(root), '--val_share', '0.4']), sizes)[1]
+        held_out.append([val.path(index).removeprefix(f'{root}/').partition('.')[0] for index in range(len(val))])
+    assert held_out[0] == held_out[1] and len(held_out[0]) > 1
 
 
 def test_arrays_and_grey(resized, tmp_path):

@@ -59,6 +59,17 @@ def test_flat_nested_and_class_folders(tmp_path):
     assert open_source(str(tmp_path), 'val') is None
 
 
+def test_arrays_among_8_bit_images(tmp_path):
+    """They take the type of the first image, or, where that would cut off their values, cannot be used."""
+    touch(tmp_path, 'a.png')
+    np.save(tmp_path / 'b.npy', np.full((8, 8, 3), 0.2, np.float32))
+    np.save(tmp_path / 'c.npy', np.full((8, 8, 3), 37.5, np.float32))
+    source = open_source(str(tmp_path))
+    assert source[0][0].dtype == source[1][0].dtype == torch.uint8 and source[1][0].unique().tolist() == [51]
+    with pytest.raises(ValueError, match=r'c\.npy: values outside 0\.\.1 among 8-bit images'):
+        source[2]
+
+
 @pytest.mark.parametrize('split', ['train', 'training'])
 @pytest.mark.parametrize('held_out', ['val', 'valid', 'validation', 'test'])
 def test_train_and_val_folders(tmp_path, split, held_out):
@@ -425,14 +436,3 @@ def test_masks_of_drawn_pictures():
         assert set(mask.unique().tolist()) == {0, 1 + label}
         large, around = picture[:, mask > 0].float().mean(), picture[:, mask == 0].float().mean()
         assert 0.05 < (mask > 0).float().mean() < 0.7 and large > around + 30
-
-
-def test_a_failed_download_leaves_no_folder(tmp_path, monkeypatch):
-    def download(root, split, download=False):
-        (tmp_path / 'data').mkdir(exist_ok=True)
-        raise OSError('no network')
-
-    monkeypatch.setattr(torchvision.datasets, 'STL10', download)
-    with pytest.raises(InputError, match='the download failed: no network'):
-        sources.open_source('torch/stl10', 'train', sources.Options(download_dir=str(tmp_path / 'data')))
-    assert not (tmp_path / 'data').exists()

@@ -92,6 +92,8 @@ def test_linprobe():
         result = from_seed(seed, ours, rows)
         heights.append(int(result.max()) - int(result.min()))
     assert max(heights) == 39 and heights.count(39) > 15
+    for seed in range(30):  # a box is never empty
+        assert from_seed(seed, ours, noise(1, 2)).shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize('auto_augment', ['rand-m9-mstd0.5-inc1', 'none'])

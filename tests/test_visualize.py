@@ -230,7 +230,6 @@ def test_curves_of_folders_of_the_same_name(tmp_path):
         fusion = {f'fusion/layer_{layer:02d}': weight for layer, weight in final.items()}
         before = {**dict.fromkeys(fusion, 0.5), 'loss': 0.9}
         entries = [{'step': 1, 'epoch': 1, **before}, {'step': 2, 'epoch': 2, 'loss': 0.5, **fusion}]
-        entries.append({'eval': 'checkpoint-last.pth', 'val_miou': 50.0})  # of main_segment.py --eval
         write_log(
             tmp_path / name / 'pretrain', [*entries, {'step': 2, 'epoch': 2, 'val_knn_cls': 31, 'val_knn_patches': 42}]
         )

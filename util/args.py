@@ -52,7 +52,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def is_first():
     """Whether this process speaks for those of its machine."""
-    return distributed.from_launcher(distributed.LOCAL_RANK, 0)[0] == 0
+    return distributed.from_launcher(distributed.LOCAL_RANK, 0) == 0
 
 
 def did_you_mean(word, known):
@@ -76,7 +76,7 @@ def run_job(main, parser, argv=None):
     try:
         main(args)
         sys.stdout.flush()
-    except BrokenPipeError:  # who reads the output, such as head, has seen enough
+    except BrokenPipeError:  # the reader of the output, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     except SystemExit as request:
@@ -109,7 +109,7 @@ def run_job(main, parser, argv=None):
 def leave(code):
     """Exit, at once where Python's clean-up could hang or abort.
 
-    It could wait for ever for a lock that a killed loader worker holds, or abort when a thread of gloo needs the GIL to
+    It could wait forever for a lock that a killed loader worker holds, or abort when a thread of gloo needs the GIL to
     free a tensor.
     """
     if not multiprocessing.active_children() and not distributed.joined:
@@ -193,7 +193,11 @@ def add_common_arguments(parser, betas=None):
     count, rate, share, colour = number(int, 1), number(float, 0), number(float, 0, 1), number(int, 0, 255)
 
     add = parser.add_argument_group('data').add_argument
-    add('--data_path', help=DATA_PATH)
+    add(
+        '--data_path',
+        help='a folder of images, nested or flat, with or without train/ and val/, or the same in tar files; a .txt '
+        'file that lists images; torch/NAME, a torchvision data set; or "shapes", which is drawn',
+    )
     add('--val_path', help='validation images, where they are not the val/ or test/ of --data_path')
     add('--val_share', type=number(float, 0, 0.9), default=0.0, metavar='SHARE', help='held out, if there are none')
     add('--download_dir', default='data', help='for torch/NAME data sets and indices of tar files')
@@ -230,9 +234,3 @@ def add_common_arguments(parser, betas=None):
     add('--log_every', type=count, default=20, metavar='STEPS', help='steps between log lines')
     add('--eval_every', type=count, default=1, metavar='EPOCHS', help='epochs between evaluations')
     add('--picture_every', type=count, default=20, metavar='EPOCHS', help='epochs between pictures')
-
-
-DATA_PATH = (
-    'a folder of images, nested or flat, with or without train/ and val/, or the same in tar files; a .txt file that '
-    'lists images; torch/NAME, a torchvision data set; or "shapes", which is drawn'
-)

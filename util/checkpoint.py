@@ -201,7 +201,7 @@ def check_same_run(state, args, model, record):
     """Refuse to resume from a checkpoint of another architecture, or with flags or data that change the training.
 
     Args:
-        record: 'num_images' and 'batch_size' (images on a device at a time) of this run.
+        record: 'num_images', 'batch_size' (images on a device at a time) and 'classes' of this run.
 
     Raises:
         InputError: naming a tensor that differs, or, without --force_resume, each change with its old and new value.
@@ -228,6 +228,8 @@ def check_same_run(state, args, model, record):
     for name, meaning in numbers.items():
         if state.get(name, record[name]) != record[name]:
             changes.append(f'{state[name]} -> {record[name]} {meaning}')
+    if state.get('classes') != record.get('classes'):
+        changes.append('other classes, or another order of them')
     if changes and not args.force_resume:
         raise InputError(
             f'this run was started with other settings: {", ".join(changes)}; use those it was started with, another '

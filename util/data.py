@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import default_collate
-from torchvision.transforms.v2 import functional
 
 from util import distributed
 from util.errors import RunError
@@ -198,13 +196,6 @@ def fixed_batches(num_samples, batch_size, rank=0, world_size=1):
 # --- The loader -----------------------------------------------------------------------------------------------
 
 
-def collate(samples):
-    """default_collate of (image, target, problem); where some images are uint8 and others float, all become float."""
-    if len({image.dtype for image, *_ in samples}) > 1:
-        samples = [(functional.to_dtype(image, torch.float32, scale=True), *others) for image, *others in samples]
-    return default_collate(samples)
-
-
 class Loader:
     """Batches on the device: (images (N, C, H, W) normalised float, noise or labels), loaded ahead by worker processes.
 
@@ -225,7 +216,6 @@ class Loader:
         self.batches = torch.utils.data.DataLoader(
             samples,
             batch_sampler=batch_keys,
-            collate_fn=collate,
             pin_memory=device.type == 'cuda',
             prefetch_factor=prefetch_factor(num_workers, batch_bytes) if num_workers else None,
             **worker_options(num_workers),

@@ -20,15 +20,19 @@ LOCAL_RANK = ('LOCAL_RANK', 'OMPI_COMM_WORLD_LOCAL_RANK', 'MPI_LOCALRANKID', 'SL
 
 
 def from_launcher(names, default):
-    """(value, name) of the first of these variables that is set. Raises InputError if that is not a number."""
-    name = next((name for name in names if name in os.environ), None)
+    """The number in the first of these variables that is set, or default. Raises InputError if it is no number."""
+    name = first_set(names)
     with as_input_error(name):
-        return int(os.environ[name]) if name else default, name
+        return int(os.environ[name]) if name else default
+
+
+def first_set(names):
+    return next((name for name in names if name in os.environ), None)
 
 
 def world():
     """(rank, world size) as the launcher set them; nothing is started."""
-    return from_launcher(RANK, 0)[0], from_launcher(WORLD_SIZE, 1)[0]
+    return from_launcher(RANK, 0), from_launcher(WORLD_SIZE, 1)
 
 
 def choose_device(name):
@@ -61,7 +65,7 @@ def start(name, join=True):
         RunError: if the processes cannot connect.
     """
     torch.set_float32_matmul_precision('high')  # TF32 where the device has it
-    restarts, shares_store = (os.environ.get(f'TORCHELASTIC_{name}') for name in ('MAX_RESTARTS', 'USE_AGENT_STORE'))
+    restarts, shares_store = (os.environ.get(f'TORCHELASTIC_{key}') for key in ('MAX_RESTARTS', 'USE_AGENT_STORE'))
     if restarts not in (None, '0') and shares_store == 'True':
         # Restarted processes would find the addresses of those before them (github.com/pytorch/pytorch/issues/135712).
         raise InputError(
@@ -69,9 +73,11 @@ def start(name, join=True):
             'torchrun, and rendezvous is by --rdzv_backend=c10d or --standalone'
         )
     if join and world()[1] > 1:
+        if name == 'mps':
+            raise InputError('several processes cannot share an Apple GPU; --device cpu works')
         join_group(name)
     if name == 'cuda':  # a task may see fewer devices than there are tasks: srun --gpus-per-task
-        name = f'cuda:{from_launcher(LOCAL_RANK, 0)[0] % torch.cuda.device_count()}'
+        name = f'cuda:{from_launcher(LOCAL_RANK, 0) % torch.cuda.device_count()}'
     device = torch.device(name)
     if device.type == 'cuda':
         torch.cuda.set_device(device)
@@ -79,14 +85,15 @@ def start(name, join=True):
 
 
 # Process groups, kept until the process ends: DistributedDataParallel would destroy one while it holds the GIL, which
-# gloo's threads may still need to free their last tensors, and torch 2.11 would wait for ever.
+# gloo's threads may still need to free their last tensors, and torch 2.11 would wait forever.
 joined = []
 
 
 def join_group(name):
     """Meet the other processes at MASTER_ADDR:MASTER_PORT, which torchrun sets."""
-    rank, (world_size, variable) = world()[0], from_launcher(WORLD_SIZE, 1)
-    missing = [variable for variable in ('MASTER_ADDR', 'MASTER_PORT') if variable not in os.environ]
+    rank, world_size = world()
+    variable = first_set(WORLD_SIZE)
+    missing = [name for name in ('MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]
     if missing:
         raise InputError(
             f'{variable}={world_size} says that {world_size} processes run, but {" and ".join(missing)} are not set; '
@@ -175,8 +182,9 @@ class StopRequest:
         return self
 
     def __exit__(self, error, *_):
-        for number, handler in zip(self.SIGNALS, self.handlers):
-            signal.signal(number, handler)
+        if not self.stopping:  # else a signal by which srun ends the last processes would replace exit code 75
+            for number, handler in zip(self.SIGNALS, self.handlers):
+                signal.signal(number, handler)
         if error is None and self.pending is not None:  # gloo must not be left in the middle of a sum
             self.pending.wait()
 

@@ -13,7 +13,7 @@ class RunError(RuntimeError):
     """A fault while running, such as unreadable images. A job prints it as one line and exits with code 1."""
 
     def __str__(self):
-        # From a loader's worker, torch hands it on with the traceback there; the message is the last line.
+        # torch raises a worker's error again with its traceback as text; the message is the last line.
         return super().__str__().splitlines()[-1].removeprefix(f'{__name__}.RunError: ')
 
 

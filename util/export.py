@@ -5,10 +5,9 @@
 timm reads such a folder from a disk ('local-dir:') and from the hub ('hf-hub:').
 """
 
+import contextlib
 import json
 import os
-import shutil
-import tempfile
 
 import timm
 from safetensors.torch import save
@@ -75,10 +74,10 @@ def export(path, output_dir):
     card.
 
     Returns:
-        A few lines for people: what was written and how to load it.
+        A few lines to print: what was written and how to load it.
 
     Raises:
-        InputError: if path is no such checkpoint, or output_dir cannot be written; then nothing is left there.
+        InputError: if path is no such checkpoint, or output_dir cannot be written.
     """
     file = weights.read(path)
     settings = weights.settings_of(file) if file.is_ours else None
@@ -126,26 +125,14 @@ def to_bytes(tensors, metadata):
 
 
 def write_files(contents, folder):
-    """Write {name: bytes} into a folder, each complete or not at all. On an OSError, no new folder is left."""
-    new = folder = os.path.abspath(folder)
-    while not os.path.exists(os.path.dirname(new)):
-        new = os.path.dirname(new)
-    existed, earlier = os.path.exists(new), os.path.join(folder, 'pretraining', 'model.safetensors')
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-            for name, content in contents.items():
-                path = os.path.join(folder, name)
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                with open(os.path.join(unfinished, 'file'), 'wb') as file:
-                    file.write(content)
-                os.replace(file.name, path)
-        if 'pretraining/model.safetensors' not in contents and os.path.exists(earlier):
-            os.remove(earlier)
-    except OSError:
-        if not existed:
-            shutil.rmtree(new, ignore_errors=True)
-        raise
+    """Write {name: bytes} into a folder; what an earlier export of pre-training left there goes."""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(os.path.join(folder, 'pretraining', 'model.safetensors'))
+    for name, content in contents.items():
+        path = os.path.join(folder, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, 'wb') as file:
+            file.write(content)
 
 
 def fold_batch_norm(state):

@@ -56,6 +56,7 @@ def small_parts(train, val, num_train=2000, num_val=1000):
 def spread(labels, count):
     """Indices of count images, or of all if there are fewer, in which each class (labels, (M,)) keeps its share."""
     order = np.argsort(labels, kind='stable')
+    order = order[labels[order] >= 0]  # torch/stl10 has unlabelled images, too
     return order[np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)]
 
 

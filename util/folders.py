@@ -69,6 +69,9 @@ class ImageFiles:
         except OSError as error:
             raise ValueError(f'{path}: {error.strerror}') from None
         self.dtype = self.dtype or image.dtype
+        wide = image.is_floating_point() and (image.min() < 0 or image.max() > 1)
+        if wide and not self.dtype.is_floating_point:
+            raise ValueError(f'{path}: values outside 0..1 among 8-bit images')
         return to_dtype(image, self.dtype, scale=True), -1 if self.labels is None else int(self.labels[index])
 
 

@@ -76,8 +76,6 @@ def pil_to_tensor(image, in_chans=3, background=WHITE):
     if image.mode.startswith('I') or image.mode == 'F':
         image = to_8_bits(image)
     if image.has_transparency_data:
-        if image.mode == 'La':  # premultiplied; PIL converts it to LA only
-            image = image.convert('LA')
         canvas = Image.new('RGBA', image.size, (*background, 255))
         canvas.alpha_composite(image.convert('RGBA'))
         image = canvas

@@ -46,15 +46,15 @@ ADE20K = (
 class Labels:
     """What the numbers in mask files mean."""
 
-    classes: list | None = None  # their names, by --num_classes; None: those that the data gives, or else
-    otherwise: list | None = None  # those of the checkpoint
+    classes: list | None = None  # their names, by --num_classes; None: those that the data names, or else of_checkpoint
+    of_checkpoint: list | None = None
     ignore: int = IGNORE  # the number of pixels that count for nothing
-    reduce_zero: bool = False  # 0 is ignored too, and 1 is the first class
+    reduce_zero: bool | None = None  # 0 is ignored too, and 1 is the first class; None: if the classes are ADE20K's
 
     def table(self):
         """(256,) uint8: number in a file -> class, or IGNORE."""
         table = np.arange(256, dtype=np.uint8)
-        if self.reduce_zero:
+        if self.classes == ADE20K if self.reduce_zero is None else self.reduce_zero:
             table[1:IGNORE] -= 1
             table[0] = IGNORE
         table[self.ignore] = IGNORE
@@ -169,7 +169,7 @@ def open_source(path, split, options, labels):
                 f'{path}: {text}: {files.path(ours[alone[0]])} ({len(alone)} of {len(ours)}); both need the same name, '
                 'masks ending in .png'
             )
-    classes = labels.classes or find_classes(files, path) or labels.otherwise
+    classes = labels.classes or find_classes(files, path) or labels.of_checkpoint
     masks = [masks[key] for key in images]
     if classes is None:
         with as_input_error():
@@ -187,24 +187,14 @@ def open_source(path, split, options, labels):
 
 
 def open_files(path, options):
-    """All images, masks and classes.txt of a folder, a tar, or a folder of tars, which are folders. InputError."""
+    """All images, masks and classes.txt of a folder or a tar. Raises InputError."""
     extensions = (*EXTENSIONS, 'classes.txt')
     if os.path.isdir(path):
-        names = find_files(path, extensions)
-        if names:
-            return ImageFiles(path, names, options, class_names=[])
-        names = map(os.fsdecode, find_files(path, ('.tar',)))
-        tars = {os.path.join(path, name): name[: -len('.tar')] for name in names}
-        if not tars:
-            raise InputError(f'{path}: no image in it or in the folders below')
-    elif path.lower().endswith('.tar') and os.path.isfile(path):
-        tars = {path: ''}
-    else:
-        raise InputError(
-            f'{path}: no such folder or tar; images with masks come as images/ with annotations/ or masks/'
-        )
-    names, places = tar.load_index(tars, extensions, options.download_dir)
-    return TarImages(path, names, options, list(tars), places)
+        return ImageFiles(path, find_files(path, extensions), options, class_names=[])
+    if path.lower().endswith('.tar') and os.path.isfile(path):
+        names, places = tar.load_index({path: ''}, extensions, options.download_dir)
+        return TarImages(path, names, options, [path], places)
+    raise InputError(f'{path}: no such folder or tar; images with masks come as images/ with annotations/ or masks/')
 
 
 def find_pairs(files, split):

@@ -47,7 +47,7 @@ class Weights:
     path: str
     content: dict
     state: dict  # {name: tensor} with this project's names
-    origin: str  # for people, such as 'mmpretrain MFF pre-training'
+    origin: str  # to print, such as 'mmpretrain MFF pre-training'
     sides: dict  # {name in SHAPES: length}, and 'depth' and 'decoder_depth'
     records: dict  # sizes, 'mean', 'std', 'mask_ratio' and 'crop_pct' that a checkpoint of this project records
 

@@ -104,7 +104,7 @@ class Copies(torch.utils.data.Dataset):
         try:
             if not os.path.exists(target):
                 write(target, self.encode(self.cover(self.source[index][0])))
-        except (ValueError, OSError) as error:  # OSError: more pixels a side than a JPEG can have
+        except (ValueError, OSError) as error:  # OSError: more pixels per side than a JPEG can have
             return data.describe(error, path), 0, 0
         return '', os.path.getsize(path), os.path.getsize(target)
 

@@ -48,7 +48,7 @@ def pixel_loss(logits, masks):
     """Cross entropy of the enlarged logits, divided by ALL pixels, ignored ones included, as the reference does.
 
     A few images at a time, whose enlarged logits the backward pass computes again: those of 150 classes at 512 x 512
-    take 157 MB an image, and would be kept several times for the whole batch.
+    take 157 MB per image, and would be kept several times for the whole batch.
     """
     count = max(1, int(CHUNK_BYTES / (4 * logits.shape[1] * masks[0].numel())))
     losses = [

@@ -6,7 +6,6 @@ source.classes are the classes' names in the order of their labels, source.label
 is None where it is not known.
 """
 
-import contextlib
 import hashlib
 import os
 
@@ -16,7 +15,7 @@ import torchvision.datasets
 from util import distributed, tar
 from util.args import did_you_mean
 from util.errors import InputError
-from util.folders import DEFAULTS, SPLITS, Options, open_folder, open_list, open_tars
+from util.folders import DEFAULTS, EXTENSIONS, SPLITS, Options, open_folder, open_list, open_tars
 from util.images import pil_to_tensor
 from util.shapes import Shapes
 
@@ -49,6 +48,7 @@ def open_splits(args, open_split, only_val):
         train, val = hold_out(train, args.val_share)
     elif val is None and only_val:
         val = train
+        val.is_everything = True  # nothing of it is held out
     return (None if only_val else train), val
 
 
@@ -154,12 +154,14 @@ class Part:
 def hold_out(source, share):
     """(training part, validation part): of each class the share whose names have the lowest hashes, one at least.
 
-    So the parts do not depend on the order of the images, and when images are added, few change sides.
+    So the parts do not depend on the order of the images, and when images are added, few change sides. A copy by
+    util.resize holds out the same images.
 
     Raises:
         InputError: if a class would have no image left to train on.
     """
-    digests = (hashlib.blake2b(source.name(index), digest_size=8).digest() for index in range(len(source)))
+    names = (original_name(source.name(index)) for index in range(len(source)))
+    digests = (hashlib.blake2b(name, digest_size=8).digest() for name in names)
     hashes = np.array([int.from_bytes(digest, 'big') for digest in digests], dtype=np.uint64)
     labels = np.full(len(source), -1) if source.labels is None else source.labels
     held_out = np.zeros(len(source), dtype=bool)
@@ -174,6 +176,12 @@ def hold_out(source, share):
                 f'--val_share {share:g} leaves no image of {which} to train on, as it has {len(members)} in all'
             )
     return Part(source, np.flatnonzero(~held_out)), Part(source, np.flatnonzero(held_out))
+
+
+def original_name(name):
+    """The name that an image has in the folder that util.resize copied: b'A.png.bmp' -> b'A.png'."""
+    stem = os.path.splitext(name)[0]
+    return stem if stem.lower().endswith(tuple(map(os.fsencode, EXTENSIONS))) else name
 
 
 # --- torchvision ----------------------------------------------------------------------------------------------
@@ -250,7 +258,6 @@ def open_torchvision(path, split, options):
 
 def create_or_download(path, dataset_class, arguments, options):
     """A torchvision data set. Raises InputError if it is not there and cannot be downloaded."""
-    existed = os.path.isdir(options.download_dir)
     try:
         return dataset_class(root=options.download_dir, **arguments)
     except (RuntimeError, OSError):  # not there
@@ -261,7 +268,4 @@ def create_or_download(path, dataset_class, arguments, options):
         return dataset_class(root=options.download_dir, **arguments, download=True)
     except (RuntimeError, OSError) as error:
         reason = ' '.join(str(getattr(error, 'reason', error)).split())
-        if not existed:  # torchvision has made the folder
-            with contextlib.suppress(OSError):  # not empty
-                os.rmdir(options.download_dir)
         raise InputError(f'{missing}, and the download failed: {reason}') from None

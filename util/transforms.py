@@ -26,7 +26,7 @@ class Cover(torch.nn.Module):
 
     def forward(self, image):
         (h, w), (height, width) = image.shape[-2:], self.size
-        if h * width <= w * height:  # relatively flat: height decides
+        if h * width <= w * height:  # wider than the crop: height decides
             height, width = height, max(width, w * height // h)
         else:
             height, width = max(height, h * width // w), width
@@ -34,8 +34,9 @@ class Cover(torch.nn.Module):
 
 
 class PaddedCrop(v2.RandomCrop):
-    """RandomCrop(size, padding, padding_mode='reflect'), the same draws and pixels: but torchvision pads all of the
-    image, in float32, which takes as long as the resize, and this only what the crop has outside.
+    """RandomCrop(size, padding, padding_mode='reflect'), the same draws and pixels.
+
+    torchvision pads the whole image, in float32, which takes as long as the resize; this pads only what lies outside.
     """
 
     def transform(self, image, params):
@@ -78,7 +79,8 @@ class ClippedResizedCrop(v2.RandomResizedCrop):
         height, width = v2.functional.get_size(flat_inputs[0])
         area = height * width * torch.empty(1).uniform_(*self.scale).item()
         ratio = torch.exp(torch.empty(1).uniform_(*np.log(self.ratio).tolist())).item()
-        h, w = min(round((area / ratio) ** 0.5), height), min(round((area * ratio) ** 0.5), width)
+        h, w = (max(1, round((area * scale) ** 0.5)) for scale in (1 / ratio, ratio))
+        h, w = min(h, height), min(w, width)
         top, left = torch.randint(0, height - h + 1, (1,)).item(), torch.randint(0, width - w + 1, (1,)).item()
         return {'top': top, 'left': left, 'height': h, 'width': w}
 

@@ -28,7 +28,7 @@ def add_arguments(parser):
 
 
 def chosen(args):
-    """{name: option} of CHOICES; the flags of an older checkpoint may lack these, or hold None."""
+    """{name: option} of CHOICES; the flags of files of other projects lack these, or hold None."""
     return {name: getattr(args, name, None) or options[0] for name, (options, _) in CHOICES.items()}
 
 

@@ -113,7 +113,7 @@ def curves_figure(output_dirs):
     return figure
 
 
-LOSSES = {'loss': ('loss', '-'), 'val_loss': ('validation loss', 'o--')}  # name in the log: name for people, line style
+LOSSES = {'loss': ('loss', '-'), 'val_loss': ('validation loss', 'o--')}  # name in the log: title, line style
 ACCURACIES = {
     'val_top1': ('top-1', 'o-'),
     'val_miou': ('mIoU', 'o-'),
@@ -127,7 +127,7 @@ def read_curves(output_dir):
     curves = {}
     for entry in log.read(os.path.join(output_dir, 'log.jsonl')):
         for name, value in entry.items():
-            if 'epoch' in entry and (name in LOSSES or name in ACCURACIES or name.startswith('fusion/')):
+            if name in LOSSES or name in ACCURACIES or name.startswith('fusion/'):
                 curves.setdefault(name, []).append((entry['epoch'], np.nan if value is None else value))
     return curves
 

@@ -15,7 +15,7 @@ MAX_PREFETCH, PREFETCH_BYTES = 4, 2e9  # batches that a worker loads ahead, and 
 def default_workers():
     """The CPU cores of this machine that this process may use over its training processes, from 1 to 16."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    processes, _ = from_launcher(LOCAL_WORLD_SIZE, 1)
+    processes = from_launcher(LOCAL_WORLD_SIZE, 1)
     return min(16, max(1, count // processes))
 
 
@@ -56,7 +56,7 @@ def start_workers(loader):
 
 
 def kill_workers():
-    """Kill the loaders' workers: they ignore SIGTERM, by which Python would end them, and it would wait for ever."""
+    """Kill the loaders' workers: they ignore SIGTERM, by which Python would end them, and it would wait forever."""
     workers = [process for process in multiprocessing.active_children() if process.daemon]
     if workers:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each
