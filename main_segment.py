@@ -127,21 +127,21 @@ def settle(args):
         InputError: as weights.settle, or if --scale leaves images smaller than a crop.
     """
     settings = weights.settle(args)
-    sides = settings.segmenter
-    flags = settings.flags if sides else argparse.Namespace()
+    dims = settings.segmenter
+    flags = settings.flags if dims else argparse.Namespace()
 
     def choose(name, usual):
         values = (getattr(args, name), getattr(flags, name, None), usual)
         return next((value for value in values if value is not None), None)
 
     sizes = {name: settings.sizes[name] for name in weights.ENCODER}
-    sizes['channels'] = args.channels or sides.get('channels', sizes['embed_dim'])
-    sizes['aux_channels'] = args.aux_channels or sides.get('aux_channels', min(256, sizes['channels']))
+    sizes['channels'] = args.channels or dims.get('channels', sizes['embed_dim'])
+    sizes['aux_channels'] = args.aux_channels or dims.get('aux_channels', min(256, sizes['channels']))
     sizes['levels'] = tuple(choose('levels', default_levels(sizes['depth'])))
-    settings = dataclasses.replace(settings, sizes=sizes, classes=settings.classes if sides else None)
+    settings = dataclasses.replace(settings, sizes=sizes, classes=settings.classes if dims else None)
     classes = settings.classes
-    if sides and not classes:  # of mmsegmentation, which does not name them
-        classes = masks.ADE20K if sides['classes'] == len(masks.ADE20K) else list(map(str, range(sides['classes'])))
+    if dims and not classes:  # of mmsegmentation, which does not name them
+        classes = masks.ADE20K if dims['classes'] == len(masks.ADE20K) else list(map(str, range(dims['classes'])))
     labels = masks.Labels(
         classes=list(map(str, range(args.num_classes))) if args.num_classes else None,
         of_checkpoint=classes,

@@ -117,7 +117,7 @@ def test_logistic_regression_agrees_with_newton(penalty):
     ours = features.fit_logistic(x, y, start, penalty)
     theirs = torch.from_numpy(newton(x.numpy(), y.numpy(), 4, penalty))
     again = features.fit_logistic(x, y, torch.randn(7, 4, dtype=torch.float64), penalty)  # convex: from anywhere
-    ours, again, theirs = (features.scores(x, weight).softmax(1) for weight in (ours, again, theirs))
+    ours, again, theirs = (features.logits(x, weight).softmax(1) for weight in (ours, again, theirs))
     assert torch.allclose(ours, theirs, atol=1e-4) and torch.allclose(again, theirs, atol=1e-4)
     assert not start.any()
 

@@ -301,10 +301,10 @@ def test_skipped_steps_are_counted_in_a_row():
     source = Namespace(path=lambda index: f'{index}.png')
     loader = Namespace(batches=Namespace(dataset=Namespace(source=source)))
     meter = Meter(run, loader, print)
-    meter.note_skipped(list(range(0, 19)))
-    meter.note_skipped(list(range(20, 39)))
+    meter.check_skipped(list(range(0, 19)))
+    meter.check_skipped(list(range(20, 39)))
     with pytest.raises(FloatingPointError, match=f'20 updates in a row, steps 21 to 40, .* Step 21 began with {first}'):
-        meter.note_skipped([39])
+        meter.check_skipped([39])
 
 
 # --- Several processes ----------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ class Samples(torch.utils.data.Dataset):
             return self.transform(image), label, problem
         noise = torch.rand(self.num_patches)  # first, so that masks are the same for every crop
         if not problem and is_flat(image):
-            problem = describe(FLAT, self.source.path(index))
+            problem = problem_line(FLAT, self.source.path(index))
         return self.transform(image), noise, problem
 
     def read(self, epoch, index, tries=100):
@@ -71,7 +71,7 @@ class Samples(torch.utils.data.Dataset):
             try:
                 return *self.source[index], '\n'.join(problems)
             except ValueError as error:
-                problems.append(describe(error, self.source.path(index)))
+                problems.append(problem_line(error, self.source.path(index)))
                 others = others or np.random.default_rng((self.seed, epoch, index))
                 index = int(others.integers(len(self.source)))
         last = problems[-1].replace('\t', ': ')
@@ -84,7 +84,7 @@ def is_flat(image):
     return all(bool((pixels == pixels[:, :1, :1]).all()) for pixels in (few, image))
 
 
-def describe(error, path):
+def problem_line(error, path):
     """A line of path, tab, reason, from the error of reading path."""
     return f'{path}\t{str(error).removeprefix(f"{path}: ")}'.replace('\n', ' ')
 

@@ -127,17 +127,17 @@ def logistic_accuracy(train, val, device='cpu'):
         weight, lowest, chosen = x.new_zeros(x.shape[1] + 1, num_classes), float('inf'), PENALTIES[0]
         for penalty in PENALTIES:
             weight = fit_logistic(x[~here], y[~here], weight, penalty, tolerance=1e-4)  # enough to compare
-            (loss,) = average(F.cross_entropy(scores(x[here], weight), y[here], reduction='none'))
+            (loss,) = average(F.cross_entropy(logits(x[here], weight), y[here], reduction='none'))
             if loss > lowest:
                 break
             lowest, chosen = loss, penalty
         weight = fit_logistic(x, y, weight, chosen)
-        (share,) = average((scores(val_x, weight).argmax(1) == val_y).double())
+        (share,) = average((logits(val_x, weight).argmax(1) == val_y).double())
         accuracy[name] = 100 * share.item()
     return accuracy
 
 
-def scores(x, weight):
+def logits(x, weight):
     """x (M, D), weight (D+1, classes), the last row of which is the bias -> (M, classes)."""
     return x @ weight[:-1] + weight[-1]
 
@@ -178,7 +178,7 @@ def fit_logistic(x, y, weight, penalty, tolerance=1e-7):
     def closure():
         scaled.grad, total = torch.zeros_like(scaled), x.new_zeros(1)
         for chunk, classes in zip(x.split(2**16), y.split(2**16)):
-            loss = F.cross_entropy(scores(chunk, scaled), classes, reduction='sum') / count
+            loss = F.cross_entropy(logits(chunk, scaled), classes, reduction='sum') / count
             loss.backward()
             total += loss.detach()
         sums = distributed.sum_over_processes(torch.cat([scaled.grad.flatten(), total]))

@@ -104,7 +104,7 @@ def open_folder(path, split, options):
                 raise InputError(f'{path}: two tar files for {name}, {entry.name} and {os.path.basename(tars[name])}')
             tars[name] = entry.path
     chosen = choose_split(tars | folders, split)
-    if chosen is None and (folders or not tars):
+    if chosen is None and (folders or not tars):  # tars without splits may have them inside
         return None
     place = (tars | folders)[chosen] if chosen else path
     if os.path.isfile(place):

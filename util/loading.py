@@ -7,7 +7,7 @@ from timm.layers import PatchEmbed, resample_abs_pos_embed
 
 from util.errors import InputError
 from util.formats import beit_names
-from util.recognise import find_grid, find_sides
+from util.recognise import find_dims, find_grid
 
 # Parts that a file or a model may lack, in the order of the network; all other names are the encoder's, which must be
 # there as a whole.
@@ -33,8 +33,8 @@ def load(model, weights, complete):
     """Load Weights into a model, as util.weights.load_weights says. Returns its note; raises InputError."""
     ours = {name.removeprefix('backbone.'): tensor for name, tensor in model.state_dict().items()}  # of LinearProbe
     actual = dict(zip(ours, model.state_dict()))
-    our_sides = find_sides(ours)
-    check_size(weights, our_sides)
+    our_dims = find_dims(ours)
+    check_size(weights, our_dims)
     if weights.is_segmenter and 'encoder.cls_token' not in ours:
         raise InputError(f'{weights.path}: {weights.origin}, which only main_segment.py takes')
     state, notes = weights.state, []
@@ -48,7 +48,7 @@ def load(model, weights, complete):
     # A head fits only the end that it was trained on: norm (token), fc_norm (mean), or norm and bn (probe).
     same_norm = all((part in theirs_has) == (part in ours_has) for part in ('fc_norm', 'bn'))
     for part in HEADS:
-        if part in theirs_has & ours_has and not (same_norm and weights.sides.get('classes') == our_sides['classes']):
+        if part in theirs_has & ours_has and not (same_norm and weights.dims.get('classes') == our_dims['classes']):
             left_out, fresh = left_out | {part}, fresh | {part}
     if 'norm' in fresh and not ('decoder' in ours_has and 'fc_norm' in theirs_has):
         hint = ' (fine-tuned on the mean of the patches, it has fc_norm instead)' if 'fc_norm' in theirs_has else ''
@@ -56,7 +56,7 @@ def load(model, weights, complete):
     taken = {name: tensor for name, tensor in state.items() if part_of(name) not in left_out}
     wanted = {name: tensor for name, tensor in ours.items() if part_of(name) not in fresh}
     # The last layer of a decoder predicts pixels of the file's channels.
-    if 'decoder' in theirs_has & ours_has and weights.sides['in_chans'] != our_sides['in_chans']:
+    if 'decoder' in theirs_has & ours_has and weights.dims['in_chans'] != our_dims['in_chans']:
         left_out, fresh = left_out | {'decoder_pred'}, fresh | {'decoder_pred'}
         for tensors in (taken, wanted):
             for name in [name for name in tensors if name.startswith('decoder_pred.')]:
@@ -77,10 +77,10 @@ def load(model, weights, complete):
 
 
 def check_size(weights, ours):
-    """Raise InputError if width, depth or patch size differ. ours: the sides of the model."""
+    """Raise InputError if width, depth or patch size differ. ours: the dimensions of the model."""
     theirs, ours = (
-        f'width {sides["embed_dim"]}, depth {sides["depth"]} and patch size {sides["patch_size"]}'
-        for sides in (weights.sides, ours)
+        f'width {dims["embed_dim"]}, depth {dims["depth"]} and patch size {dims["patch_size"]}'
+        for dims in (weights.dims, ours)
     )
     if theirs != ours:
         hint = 'without --model and flags of sizes, the model follows the file'
@@ -95,7 +95,7 @@ def fit(weights, patch_embed):
         for name in {'pos_embed', 'decoder_pos_embed'} & state.keys():
             state[name] = resample_abs_pos_embed(state[name], new_grid, grid, antialias=False)  # as MAE does
         notes.append(f'position embedding resampled from {grid[0]} x {grid[1]} to {new_grid[0]} x {new_grid[1]}')
-    channels, in_chans = weights.sides['in_chans'], patch_embed.proj.in_channels
+    channels, in_chans = weights.dims['in_chans'], patch_embed.proj.in_channels
     if channels != in_chans:
         state['patch_embed.proj.weight'] = adapt_channels(state['patch_embed.proj.weight'], in_chans)
         notes.append(f'patch embedding adapted from {channels} to {in_chans} channels')

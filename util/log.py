@@ -217,7 +217,7 @@ class Meter:
             values['bad_images'] = int(bad_images)
         if len(finite) < len(losses):
             values['skipped'] = len(losses) - len(finite)
-        self.note_skipped([first + i for i, norm in enumerate(norms) if not math.isfinite(norm)])
+        self.check_skipped([first + i for i, norm in enumerate(norms) if not math.isfinite(norm)])
         if values['data_wait'] > 0.2 and self.warm and not self.warned:
             self.say(
                 f'The device waits for data {values["data_wait"]:.0%} of the time; see "Slow data" in docs/data.md'
@@ -227,7 +227,7 @@ class Meter:
         self.reset()
         return values
 
-    def note_skipped(self, steps):
+    def check_skipped(self, steps):
         """Count the latest steps in a row without an update; FloatingPointError if they are MAX_SKIPPED."""
         for step in steps:
             self.skipped = [*self.skipped, step] if self.skipped[-1:] == [step - 1] else [step]

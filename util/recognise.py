@@ -9,7 +9,7 @@ from models_mff import ENCODER, MODELS
 from util.errors import InputError
 from util.formats import inner_state
 
-# Shapes of what is used before a model of that size exists. Equal names, equal sides.
+# Shapes of what is used before a model of that size exists. Equal names: equal dimensions.
 SHAPES = {
     'patch_embed.proj.weight': ('embed_dim', 'in_chans', 'patch_size', 'patch_size'),
     'cls_token': (1, 1, 'embed_dim'),
@@ -48,7 +48,7 @@ class Weights:
     content: dict
     state: dict  # {name: tensor} with this project's names
     origin: str  # to print, such as 'mmpretrain MFF pre-training'
-    sides: dict  # {name in SHAPES: length}, and 'depth' and 'decoder_depth'
+    dims: dict  # {name in SHAPES: length}, and 'depth' and 'decoder_depth'
     records: dict  # sizes, 'mean', 'std', 'mask_ratio' and 'crop_pct' that a checkpoint of this project records
 
     @property
@@ -78,22 +78,22 @@ def check_tensors(state):
         raise InputError(f'{name} {problem}')
 
 
-def find_sides(state):
+def find_dims(state):
     """The lengths that SHAPES names, and the numbers of blocks. Raises InputError where a shape disagrees."""
     state = {name.removeprefix('encoder.'): tensor for name, tensor in state.items()}
-    sides = {1: 1}
+    dims = {1: 1}
     for name, names in SHAPES.items():
         if name not in state:
             continue
         shape = tuple(state[name].shape)
         fits = len(shape) == len(names) and 0 not in shape
-        if not fits or any(sides.setdefault(key, side) != side for key, side in zip(names, shape)):
+        if not fits or any(dims.setdefault(key, length) != length for key, length in zip(names, shape)):
             raise InputError(f'{name} has shape {shape}, which does not fit ({", ".join(map(str, names))}) of a ViT')
     for key, blocks in (('depth', 'blocks'), ('decoder_depth', 'decoder_blocks')):
-        sides[key] = 0
-        while f'{blocks}.{sides[key]}.attn.qkv.weight' in state:
-            sides[key] += 1
-    return sides
+        dims[key] = 0
+        while f'{blocks}.{dims[key]}.attn.qkv.weight' in state:
+            dims[key] += 1
+    return dims
 
 
 def is_ours(content):
@@ -134,7 +134,7 @@ def without_none(values):
 
 def find_grid(weights):
     """(rows, columns) of the patches: from the image size that this project records, or else a square."""
-    num_patches, patch_size = weights.sides['1 + patches'] - 1, weights.sides['patch_size']
+    num_patches, patch_size = weights.dims['1 + patches'] - 1, weights.dims['patch_size']
     if 'img_size' in weights.records:
         rows, columns = (side // patch_size for side in weights.records['img_size'])
     else:

@@ -105,7 +105,7 @@ class Copies(torch.utils.data.Dataset):
             if not os.path.exists(target):
                 write(target, self.encode(self.cover(self.source[index][0])))
         except (ValueError, OSError) as error:  # OSError: more pixels per side than a JPEG can have
-            return data.describe(error, path), 0, 0
+            return data.problem_line(error, path), 0, 0
         return '', os.path.getsize(path), os.path.getsize(target)
 
     def encode(self, image):

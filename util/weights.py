@@ -14,7 +14,7 @@ from util import variants
 from util.errors import InputError, as_input_error
 from util.formats import convert_state_dict, read_file
 from util.loading import load
-from util.recognise import DECODER, Weights, check_tensors, find_grid, find_records, find_sides, recognise, without_none
+from util.recognise import DECODER, Weights, check_tensors, find_dims, find_grid, find_records, recognise, without_none
 
 # --- A file -------------------------------------------------------------------------------------------------------
 
@@ -37,8 +37,8 @@ def read(path):
         raise InputError(f'{path}: not the weights of a known ViT (it holds {first}, ...)')
     with as_input_error(path):
         check_tensors(state)
-        sides, records = find_sides(state), find_records(content)
-        return Weights(path, content, state, recognise(content, state), sides, records)
+        dims, records = find_dims(state), find_records(content)
+        return Weights(path, content, state, recognise(content, state), dims, records)
 
 
 # --- What a model is built with -----------------------------------------------------------------------------------
@@ -76,13 +76,13 @@ def settings_of(weights):
     Raises:
         InputError: if what it records contradicts its tensors.
     """
-    sides, records, content = weights.sides, weights.records, weights.content
+    dims, records, content = weights.dims, weights.records, weights.content
     recorded = {key: records[key] for key in ENCODER + DECODER if key in records}
     shown = shown_sizes(weights)
     sizes = usual_sizes(weights) | recorded | shown  # tensors win over records, records over what is usual
-    mean, std = (records.get(key, default_statistics(sides['in_chans'])[key]) for key in ('mean', 'std'))
-    if not len(mean) == len(std) == sides['in_chans']:
-        raise InputError(f'{weights.path}: it records mean {mean} and std {std} for {sides["in_chans"]} channels')
+    mean, std = (records.get(key, default_statistics(dims['in_chans'])[key]) for key in ('mean', 'std'))
+    if not len(mean) == len(std) == dims['in_chans']:
+        raise InputError(f'{weights.path}: it records mean {mean} and std {std} for {dims["in_chans"]} channels')
     flags, classes = argparse.Namespace(norm_pix_loss=None, mask_ratio=0.75), None
     if weights.is_ours:
         vars(flags).update(without_none(content['args']))
@@ -92,12 +92,12 @@ def settings_of(weights):
             raise InputError(f'{weights.path}: it records a {name} that is none of {", ".join(options)}')
     if classes is not None and (not isinstance(classes, list) or not all(isinstance(name, str) for name in classes)):
         raise InputError(f'{weights.path}: its classes are not a list of names')
-    if classes and len(classes) != sides.get('classes', len(classes)):
-        raise InputError(f'{weights.path}: its head has {sides["classes"]} classes, but it names {len(classes)}')
+    if classes and len(classes) != dims.get('classes', len(classes)):
+        raise InputError(f'{weights.path}: its head has {dims["classes"]} classes, but it names {len(classes)}')
     known = records.keys() | shown.keys()
     if fused(weights):
         known = known | {'fuse_layers'}
-    segmenter = sides if weights.is_segmenter else {}
+    segmenter = dims if weights.is_segmenter else {}
     return Settings(sizes, mean, std, flags=flags, classes=classes, segmenter=segmenter, known=frozenset(known))
 
 
@@ -107,23 +107,23 @@ def fused(weights):
 
 def shown_sizes(weights):
     """The sizes that the shapes of a file's tensors show."""
-    sides = weights.sides
-    names = ENCODER + (DECODER if 'decoder_embed_dim' in sides else ())
-    sizes = {name: sides[name] for name in names if name in sides}
-    sizes['img_size'] = tuple(side * sides['patch_size'] for side in find_grid(weights))
-    if 'mlp_dim' in sides:
-        sizes['mlp_ratio'] = sides['mlp_dim'] / sides['embed_dim']
+    dims = weights.dims
+    names = ENCODER + (DECODER if 'decoder_embed_dim' in dims else ())
+    sizes = {name: dims[name] for name in names if name in dims}
+    sizes['img_size'] = tuple(side * dims['patch_size'] for side in find_grid(weights))
+    if 'mlp_dim' in dims:
+        sizes['mlp_ratio'] = dims['mlp_dim'] / dims['embed_dim']
     return sizes
 
 
 def usual_sizes(weights):
     """Those of the size in MODELS that has the file's width, or else the base model's."""
-    width, depth, decoder = (weights.sides.get(key) for key in ('embed_dim', 'depth', 'decoder_embed_dim'))
+    width, depth, decoder = (weights.dims.get(key) for key in ('embed_dim', 'depth', 'decoder_embed_dim'))
     sizes = MODELS['vit_base_patch16'] | {'num_heads': max(1, width // 64)}
     sizes = next((model for model in MODELS.values() if model['embed_dim'] == width), sizes)
     choices = fuse_layer_choices(width, depth)
     if fused(weights):
-        choices = [layers for layers in choices if len(layers) == weights.sides.get('fused')] or [None]
+        choices = [layers for layers in choices if len(layers) == weights.dims.get('fused')] or [None]
     elif decoder:
         choices = [(depth - 1,)]  # MAE
     sizes = sizes | {'fuse_layers': choices[0]}
