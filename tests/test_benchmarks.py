@@ -1,4 +1,4 @@
-"""The benchmarks: their formula, their tables, and one short run of each."""
+"""The benchmarks: their operation counts, their tables, and one short run of each."""
 
 import json
 
