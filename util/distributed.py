@@ -182,7 +182,7 @@ class StopRequest:
         return self
 
     def __exit__(self, error, *_):
-        if not self.stopping:  # else a signal by which srun ends the last processes would replace exit code 75
+        if not (self.stopping and dist.is_initialized()):  # else srun, when it ends the last, replaces code 75
             for number, handler in zip(self.SIGNALS, self.handlers):
                 signal.signal(number, handler)
         if error is None and self.pending is not None:  # gloo must not be left in the middle of a sum
