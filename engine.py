@@ -373,7 +373,7 @@ def check_evaluated(args, source, settings):
         sources.check_same_classes(settings.classes, source.classes, 'the checkpoint', args.data_path)
     then = vars(settings.flags)
     if then.get('val_share') and getattr(source, 'is_everything', False) and distributed.world()[0] == 0:
-        if os.path.abspath(then['data_path']) == os.path.abspath(args.data_path):
+        if os.path.abspath(str(then.get('data_path'))) == os.path.abspath(args.data_path):
             print(f'Most of these images were trained on; --val_share {then["val_share"]:g} evaluates the others')
 
 
