@@ -201,8 +201,7 @@ CASES = {
     | CLASSIFIER
     | {
         'batch_size': replace(COMMON['batch_size'], resume='images on a device at a time'),
-        'weight_decay': Case('--weight_decay 0.3', {'decays': [0.3]}),
-        'force_resume': replace(COMMON['force_resume'], changes={'start': 4, 'decays': [0.3]}),
+        'force_resume': replace(COMMON['force_resume'], changes={'start': 4, 'decays': [0, 0.3]}),
         'momentum': Case('--momentum 0.5', {'momentum': 0.5}),
         'knn': Case('--knn 3', prints='3-nearest-neighbour top-1', resume=None),
         'logistic': Case('--logistic', prints='logistic-regression top-1', resume=None),
