@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import report, scaling, step
 from models_mff import MaskedAutoencoderMFF, model_sizes
@@ -19,6 +21,17 @@ def test_flops_are_those_of_mae(size, gigaflops):
     K, D = len(model.fuse_layers), model.pos_embed.shape[-1]
     assert 3e-9 * step.forward_flops(plain) == pytest.approx(gigaflops, abs=0.05)
     assert step.forward_flops(model) - step.forward_flops(plain) == 2 * 50 * (K - 1) * D**2
+
+
+@pytest.mark.parametrize('ratio', [0.75, 0.5])
+def test_backward_takes_twice_the_forward_pass(ratio):
+    model = step.model_of_size('tiny')
+    with sdpa_kernel(SDPBackend.MATH):  # which recomputes nothing in the backward pass
+        loss = model(torch.randn(1, 3, 32, 32), ratio)[0]
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+    pixels = 2 * model.patch_embed.num_patches * model.patch_embed.proj.weight.numel()  # need no gradient
+    assert backward.get_total_flops() == 2 * step.forward_flops(model, ratio) - pixels
 
 
 def test_table_of_steps():
