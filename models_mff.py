@@ -3,28 +3,28 @@
 Liu, Zhang, Chen, Yu, Chen, Lin: "Improving Pixel-based MIM by Reducing Wasted Modeling Capability",
 ICCV 2023, arXiv 2308.00261. tests/test_model.py compares every number with mmpretrain 1.2.0's MFF.
 
-A masked autoencoder (MAE) whose decoder sees several encoder blocks instead of the last one only (figure 3):
+A masked autoencoder (MAE) whose decoder sees several encoder blocks, not the last alone (figure 3):
 
-    image -> visible patches -> block 0 -> block 1 -> ... -> block i -> ... -> last block
-                                   |                            |                 |
-                                  x_1          ...             x_k      ...      x_K      K fused levels
-                                   |                            |                 |
-                                  P_1                          P_k             identity   P_k: Linear, k < K
-                                   |                            |                 |
-                                   +------- z = sum_k softmax(w)_k P_k(x_k) ------+       w: K trained numbers
-                                                        |
-                                              latent = LayerNorm(z)                       the encoder's final norm
-                                                        |
-                          mask tokens ->  decoder -> pixels of the hidden patches
+    image -> visible patches -> block 0 -> ... -> block i -> ... -> last block
+                                   |                 |                 |
+                                  x_1      ...      x_k      ...      x_K       K fused levels
+                                   |                 |                 |
+                                  P_1               P_k             identity    P_k: Linear, k < K
+                                   |                 |                 |
+                                   +-- z = sum_k softmax(w)_k P_k(x_k) +        w: K trained numbers
+                                                     |
+                                           latent = LayerNorm(z)           the encoder's final norm
+                                                     |
+                            mask tokens -> decoder -> pixels of the hidden patches
 
-w starts as ones, so every level starts with weight 1/K. Lines marked "# MFF" are what MFF adds to MAE; with
-K = 1 none of them has an effect, and the model is exactly MAE. Downstream the fusion is dropped: the encoder has the
-parameter names of timm's VisionTransformer, so its weights load there unchanged.
+w starts as ones, so every level starts with weight 1/K. Lines marked "# MFF" are what MFF adds to
+MAE; with K = 1 none of them has an effect, and the model is exactly MAE. Downstream the fusion is
+dropped: the encoder has the parameter names of timm's VisionTransformer.
 
 Deviations from the reference: none in the arithmetic. Images and patch grids may be rectangles.
 
-Shapes: N batch, L patches, V = int(L * (1 - mask_ratio)) visible patches, D encoder width, E decoder width,
-K fused levels, p patch size, C channels.
+Shapes: N batch, L patches, V = int(L * (1 - mask_ratio)) visible patches, D encoder width,
+E decoder width, K fused levels, p patch size, C channels.
 """
 
 from functools import partial
@@ -39,7 +39,7 @@ LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class MaskedAutoencoderMFF(nn.Module):
-    """Masked autoencoder with multi-level feature fusion. Methods stand in the order in which they run.
+    """Masked autoencoder with multi-level feature fusion. Methods stand in the order of their use.
 
     Args:
         img_size: side, or (H, W), of the input in pixels; a multiple of patch_size.
@@ -47,7 +47,7 @@ class MaskedAutoencoderMFF(nn.Module):
         in_chans: image channels C.
         embed_dim, depth, num_heads, mlp_ratio: the ViT encoder.
         decoder_embed_dim, decoder_depth, decoder_num_heads: the decoder (same mlp_ratio).
-        fuse_layers: indices of the fused blocks, strictly increasing; the last must be depth - 1. One alone: MAE.
+        fuse_layers: increasing indices of the fused blocks, to depth - 1; that alone is MAE.
         norm_pix_loss: standardise each target patch by its own mean and variance.
 
     Raises:
@@ -86,12 +86,15 @@ class MaskedAutoencoderMFF(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.register_buffer('pos_embed', torch.zeros(1, 1 + num_patches, embed_dim))  # fixed
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth)
+            Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=LayerNorm)
+            for _ in range(depth)
         )
         self.norm = LayerNorm(embed_dim)
 
         # --- Multi-level feature fusion: the paper's addition to MAE ---
-        self.fuse_projs = nn.ModuleList(nn.Linear(embed_dim, embed_dim) for _ in fuse_layers[:-1])  # MFF: P_k, k < K
+        self.fuse_projs = nn.ModuleList(
+            nn.Linear(embed_dim, embed_dim) for _ in fuse_layers[:-1]
+        )  # MFF: P_k, k < K
         if len(fuse_layers) > 1:
             # MFF: w. In 4-D, as in the reference: 1-D parameters have no weight decay, and w has.
             self.fuse_logits = nn.Parameter(torch.ones(len(fuse_layers), 1, 1, 1))  # MFF
@@ -99,9 +102,13 @@ class MaskedAutoencoderMFF(nn.Module):
         # --- Decoder ---
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        self.register_buffer('decoder_pos_embed', torch.zeros(1, 1 + num_patches, decoder_embed_dim))  # fixed
+        self.register_buffer(
+            'decoder_pos_embed', torch.zeros(1, 1 + num_patches, decoder_embed_dim)
+        )  # fixed
         self.decoder_blocks = nn.ModuleList(
-            Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, qkv_bias=True, norm_layer=LayerNorm)
+            Block(
+                decoder_embed_dim, decoder_num_heads, mlp_ratio, qkv_bias=True, norm_layer=LayerNorm
+            )
             for _ in range(decoder_depth)
         )
         self.decoder_norm = LayerNorm(decoder_embed_dim)
@@ -109,8 +116,8 @@ class MaskedAutoencoderMFF(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self):
-        """The reference's initialisation (mmpretrain configs/_base_/models/mae_vit-base-p16.py, mae.py)."""
-        # Every Linear: xavier-uniform weight, zero bias (qkv as one matrix). LayerNorm keeps torch's 1 and 0.
+        """The reference's (mmpretrain configs/_base_/models/mae_vit-base-p16.py, mae.py)."""
+        # Linear: xavier-uniform weight (qkv as one matrix), zero bias. LayerNorm keeps 1 and 0.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -119,13 +126,12 @@ class MaskedAutoencoderMFF(nn.Module):
         for block in [*self.blocks, *self.decoder_blocks]:
             nn.init.normal_(block.mlp.fc1.bias, std=1e-6)
             nn.init.normal_(block.mlp.fc2.bias, std=1e-6)
-        # Patch embedding: like a Linear on the flattened patch; its bias keeps the convolution's default.
+        # Patch embedding: like a Linear on the flattened patch; its bias keeps torch's default.
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
-        # Position: fixed 2-D sin-cos, zero for the cls token. The reference's order is [sin row, cos row, sin column,
-        # cos column]: sin and cos of one coordinate together, which timm calls interleaved; without it timm gives
-        # [sin row, sin column, cos row, cos column].
+        # Position: fixed 2-D sin-cos, zero for the cls token. The reference's order is [sin row,
+        # cos row, sin column, cos column]: timm's, if interleaved.
         for pos_embed in (self.pos_embed, self.decoder_pos_embed):
             pos_embed[0, 1:] = build_sincos2d_pos_embed(
                 self.patch_embed.grid_size, pos_embed.shape[-1], interleave_sin_cos=True
@@ -147,7 +153,7 @@ class MaskedAutoencoderMFF(nn.Module):
 
         Args:
             imgs: (N, C, H, W), normalised.
-            mask_ratio: share of the patches that the encoder does not see, in [0, 1); at 0 there is no loss (nan).
+            mask_ratio: share of the patches that the encoder does not see; at 0 the loss is nan.
             noise: (N, L) in [0, 1), the patches with the smallest stay visible; None: drawn here.
 
         Returns:
@@ -185,7 +191,7 @@ class MaskedAutoencoderMFF(nn.Module):
         return visible, mask, ids_restore
 
     def fuse(self, levels):
-        """z = sum_k softmax(w)_k P_k(x_k): K tensors (N, 1+V, D) -> (N, 1+V, D). Paper, figure 3."""
+        """z = sum_k softmax(w)_k P_k(x_k): K times (N, 1+V, D) -> (N, 1+V, D). Figure 3."""
         if len(levels) == 1:
             return levels[0]  # plain MAE
         projected = [proj(x) for proj, x in zip(self.fuse_projs, levels)] + [levels[-1]]  # MFF
@@ -197,7 +203,9 @@ class MaskedAutoencoderMFF(nn.Module):
         N, L = ids_restore.shape
         mask_tokens = self.mask_token.to(x.dtype).expand(N, 1 + L - x.shape[1], -1)  # (N, L-V, E)
         patches = torch.cat([x[:, 1:], mask_tokens], dim=1)  # (N, L, E) shuffled
-        patches = patches.gather(1, ids_restore.unsqueeze(-1).expand(-1, -1, x.shape[-1]))  # (N, L, E) in place
+        patches = patches.gather(
+            1, ids_restore.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+        )  # (N, L, E) in place
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed  # (N, 1+L, E)
         for block in self.decoder_blocks:
             x = self.apply_block(block, x)
@@ -214,7 +222,7 @@ class MaskedAutoencoderMFF(nn.Module):
         return (loss * mask).sum() / mask.sum()
 
     def apply_block(self, block, x):
-        """block(x); with grad_checkpointing the backward pass computes its activations again, and none are kept."""
+        """block(x); with grad_checkpointing the backward pass computes its activations again."""
         return checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
 
     def patchify(self, imgs):
@@ -231,41 +239,52 @@ class MaskedAutoencoderMFF(nn.Module):
 
     @torch.no_grad()
     def forward_features(self, imgs):
-        """imgs (N, C, H, W) -> (N, 1+L, D), without gradients: nothing masked, nothing fused, as timm's encoder."""
+        """imgs (N, C, H, W) -> (N, 1+L, D), no gradients: as timm's encoder, no mask, no fusion.
+
+        The final norm was trained on z, the fused levels, and sees the last level alone here.
+        """
         x = self.patch_embed(imgs) + self.pos_embed[:, 1:]  # (N, L, D)
-        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)  # (N, 1+L, D)
+        x = torch.cat(
+            [(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1
+        )  # (N, 1+L, D)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
 
-# --- Argument checks ----------------------------------------------------------------------------------------------
+# --- Argument checks ------------------------------------------------------------------------------
 
 
 def check_image_size(img_size, patch_size):
     """Raise ValueError unless img_size (H, W) is made of whole patches."""
     if patch_size < 1 or any(side < patch_size or side % patch_size for side in img_size):
-        raise ValueError(f'image size {img_size[0]} x {img_size[1]} is not a multiple of patch size {patch_size}')
+        raise ValueError(
+            f'image size {img_size[0]} x {img_size[1]} is not a multiple of patch size {patch_size}'
+        )
 
 
 def check_width(dim, num_heads, prefix=''):
-    """Raise ValueError unless a width divides into heads and into the four parts of the position embedding."""
+    """Raise ValueError unless a width divides into heads and the position embedding's 4 parts."""
     if dim % 4 or dim % num_heads:
         raise ValueError(
-            f'{prefix}embed_dim {dim} must be a multiple of 4 (position embedding) and of {prefix}num_heads {num_heads}'
+            f'{prefix}embed_dim {dim} must be a multiple of 4 and of {prefix}num_heads {num_heads}'
         )
 
 
 def check_layers(name, layers, depth):
-    """Raise ValueError unless the layers are increasing block indices of which the last is the last block."""
-    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] != depth - 1:
+    """Raise ValueError unless the layers are increasing block indices up to the last block."""
+    if (
+        not layers
+        or list(layers) != sorted(set(layers))
+        or layers[0] < 0
+        or layers[-1] != depth - 1
+    ):
         raise ValueError(
-            f'{name} {list(layers)} must be increasing block indices from 0, and must end with the last block, which '
-            f'is {depth - 1} at depth {depth}'
+            f'{name} {list(layers)} must be increasing block indices, up to the last, {depth - 1}'
         )
 
 
-# --- Model sizes --------------------------------------------------------------------------------------------------
+# --- Model sizes ----------------------------------------------------------------------------------
 
 
 def default_fuse_layers(depth):
@@ -279,32 +298,38 @@ def default_fuse_layers(depth):
 
 ENCODER = ('img_size', 'in_chans', 'patch_size', 'embed_dim', 'depth', 'num_heads', 'mlp_ratio')
 
-# Arguments of MaskedAutoencoderMFF. Fused layers: the paper's for ViT-B; the authors' prototype for ViT-S; public
-# uses of MFF for depths 24 and 32. Nano and tiny, for 32-pixel images, are ours: nano for CPUs, tiny for one GPU.
+# Arguments of MaskedAutoencoderMFF. Fused layers: the paper's for ViT-B; the authors' prototype for
+# ViT-S; public uses of MFF for depths 24 and 32. Nano, for CPUs, and tiny are ours.
 MODELS = {
     'vit_nano_patch4': dict(
         img_size=32, patch_size=4, embed_dim=64, depth=4, num_heads=4, mlp_ratio=4.0,
-        decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=4, fuse_layers=(0, 1, 2, 3),
+        decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=4,
+        fuse_layers=(0, 1, 2, 3),
     ),
     'vit_tiny_patch4': dict(
         img_size=32, patch_size=4, embed_dim=192, depth=12, num_heads=3, mlp_ratio=4.0,
-        decoder_embed_dim=96, decoder_depth=4, decoder_num_heads=3, fuse_layers=(0, 2, 4, 6, 8, 11),
+        decoder_embed_dim=96, decoder_depth=4, decoder_num_heads=3,
+        fuse_layers=(0, 2, 4, 6, 8, 11),
     ),
     'vit_small_patch16': dict(
         img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6, mlp_ratio=4.0,
-        decoder_embed_dim=384, decoder_depth=8, decoder_num_heads=12, fuse_layers=(3, 5, 7, 11),
+        decoder_embed_dim=384, decoder_depth=8, decoder_num_heads=12,
+        fuse_layers=(3, 5, 7, 11),
     ),
     'vit_base_patch16': dict(
         img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0,
-        decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16, fuse_layers=(0, 2, 4, 6, 8, 11),
+        decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16,
+        fuse_layers=(0, 2, 4, 6, 8, 11),
     ),
     'vit_large_patch16': dict(
         img_size=224, patch_size=16, embed_dim=1024, depth=24, num_heads=16, mlp_ratio=4.0,
-        decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16, fuse_layers=(0, 4, 8, 12, 16, 20, 23),
+        decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16,
+        fuse_layers=(0, 4, 8, 12, 16, 20, 23),
     ),
     'vit_huge_patch14': dict(
         img_size=224, patch_size=14, embed_dim=1280, depth=32, num_heads=16, mlp_ratio=4.0,
-        decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16, fuse_layers=(0, 4, 8, 12, 16, 20, 24, 28, 31),
+        decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16,
+        fuse_layers=(0, 4, 8, 12, 16, 20, 24, 28, 31),
     ),
 }  # fmt: skip
 
@@ -314,7 +339,7 @@ def model_sizes(name, **changes):
 
     Args:
         name: of MODELS; 'mff_' before it is accepted.
-        changes: any of the arguments; None leaves one as it is. A new depth gets default_fuse_layers.
+        changes: any of the arguments; None leaves one as it is. A new depth: default_fuse_layers.
 
     Returns:
         dict, with img_size as (H, W) and in_chans.
@@ -334,7 +359,7 @@ def model_sizes(name, **changes):
     return sizes
 
 
-# --- Downstream: the plain encoder --------------------------------------------------------------------------------
+# --- Downstream: the plain encoder ----------------------------------------------------------------
 
 
 def create_encoder(sizes, global_pool='avg', drop_path=0.0):
@@ -342,14 +367,16 @@ def create_encoder(sizes, global_pool='avg', drop_path=0.0):
 
     Args:
         sizes: as model_sizes gives them; what belongs to decoder and fusion is ignored.
-        global_pool: 'avg': the mean of the patch tokens, then a LayerNorm of its own (fine-tuning); 'token': the final
-            LayerNorm, then the cls token (linear probe).
+        global_pool: 'avg': the mean of the patch tokens, then a LayerNorm of its own (fine-tuning);
+            'token': the final LayerNorm, then the cls token (linear probe).
         drop_path: rate at the last block, growing linearly from 0 at the first.
 
     Raises:
-        ValueError: if the image size is not a multiple of the patch size, or the width of the number of heads.
+        ValueError: if the image size is no multiple of the patch size, or the width of the heads.
     """
     check_image_size(to_2tuple(sizes['img_size']), sizes['patch_size'])
     check_width(sizes['embed_dim'], sizes['num_heads'])
     encoder = {name: sizes[name] for name in ENCODER}
-    return VisionTransformer(**encoder, num_classes=0, global_pool=global_pool, drop_path_rate=drop_path)
+    return VisionTransformer(
+        **encoder, num_classes=0, global_pool=global_pool, drop_path_rate=drop_path
+    )

@@ -1,35 +1,34 @@
 """Samples, the order in which a process sees them, and the loader: all randomness of the input.
 
-Samples adds a transform and mask noise to a source (util/sources.py) and replaces images that cannot be read.
-BatchStream says which samples a process sees when. Images stay uint8 until they are on the device.
-
-Randomness belongs to the sample: every crop, flip and mask is drawn from generators seeded by (seed, epoch, index). So
-a run does not depend on the number of workers or processes, and a resumed run needs no stored generator state.
+Randomness belongs to the sample: every crop, flip and mask is drawn from generators seeded by
+(seed, epoch, index). So a run does not depend on the number of workers or processes, and a resumed
+run needs no stored generator state. Images stay uint8 until they are on the device.
 """
 
+import atexit
+import multiprocessing
 import os
 import random
+import signal
+import sys
+import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from util import distributed
 from util.errors import RunError
 from util.transforms import normalise
-from util.workers import default_workers, prefetch_factor, start_workers, worker_options
 
-FLAT = 'one flat colour'  # a problem of an image that is used all the same
-MIN_BAD = 3  # images that may be bad in any data set, unless --max_bad is 0
-
-
-# --- Samples --------------------------------------------------------------------------------------------------
+BAD_SHARE, BAD_ALWAYS = 0.01, 3  # images that may be unreadable: this share, but at least three
 
 
 def seed_generators(*key, device=None):
-    """Seed every generator that a transform or a step may draw from: torch's (and the device's), Python's, NumPy's."""
+    """Seed all generators that a transform or a step may draw from."""
     words = np.random.SeedSequence(key).generate_state(3).tolist()
-    torch.default_generator.manual_seed(words[0])  # torch.manual_seed would seed each GPU, which takes 150 us
+    torch.default_generator.manual_seed(words[0])  # torch.manual_seed: 150 us, for all the GPUs
     if device is not None and device.type == 'cuda':
         torch.cuda.default_generators[device.index or 0].manual_seed(words[0])
     elif device is not None and device.type == 'mps':
@@ -38,197 +37,182 @@ def seed_generators(*key, device=None):
     np.random.seed(words[2])
 
 
-class Samples(torch.utils.data.Dataset):
+class Samples(Dataset):
     """(epoch, index) -> (transformed image (C, H, W), target, problem).
 
-    With num_patches, for pre-training, the target is the noise of the mask, (L,) in [0, 1): the smallest stay visible.
-    Without it, the target is the label. The problem is '', or a line of path, tab, reason for each image
-    that could not be read until another took its place; in pre-training an image of one colour has a problem too, FLAT,
-    but is used.
+    With num_patches, for pre-training, the target is the noise of the mask, (L,) in [0, 1): the
+    smallest stay visible. Without it, it is the image's label, or, if numbered, its index. In place
+    of an image that cannot be read comes another, and the problem says what was wrong, else ''.
     """
 
-    def __init__(self, source, transform, num_patches=None, seed=0):
-        self.source, self.transform, self.num_patches, self.seed = source, transform, num_patches, seed
+    def __init__(self, source, transform, num_patches=None, seed=0, numbered=False):
+        self.source, self.transform, self.num_patches = source, transform, num_patches
+        self.seed, self.numbered = seed, numbered
 
     def __len__(self):
         return len(self.source)
 
     def __getitem__(self, key):
-        epoch, index = key
-        image, label, problem = self.read(epoch, index)
-        seed_generators(self.seed, epoch, index)
-        if self.num_patches is None:
-            return self.transform(image), label, problem
-        noise = torch.rand(self.num_patches)  # first, so that masks are the same for every crop
-        if not problem and is_flat(image):
-            problem = problem_line(FLAT, self.source.path(index))
-        return self.transform(image), noise, problem
+        image, target, problem = self.read(*key)
+        seed_generators(self.seed, *key)
+        if self.num_patches is not None:
+            target = torch.rand(self.num_patches)  # first: masks are the same for every crop
+        elif self.numbered:
+            target = key[1]
+        return self.transform(image), target, problem
 
     def read(self, epoch, index, tries=100):
-        """source[index] and '', or one drawn from the others and the problem. RunError if none can be read."""
-        problems, others = [], None
-        while len(problems) < tries:
+        """(*source[index], ''), or one drawn from the others, and the problem."""
+        problem, others = '', np.random.default_rng((self.seed, epoch, index))
+        for _ in range(tries):
             try:
-                return *self.source[index], '\n'.join(problems)
+                return *self.source[index], problem
             except ValueError as error:
-                problems.append(problem_line(error, self.source.path(index)))
-                others = others or np.random.default_rng((self.seed, epoch, index))
+                problem = problem or str(error)
                 index = int(others.integers(len(self.source)))
-        last = problems[-1].replace('\t', ': ')
-        raise RunError(f'{tries} images in a row cannot be read; {last}')
-
-
-def is_flat(image):
-    """Whether all pixels of an image (C, H, W) are the same."""
-    few = image[:, :: 1 + image.shape[1] // 8, :: 1 + image.shape[2] // 8]  # enough to tell for most
-    return all(bool((pixels == pixels[:, :1, :1]).all()) for pixels in (few, image))
-
-
-def problem_line(error, path):
-    """A line of path, tab, reason, from the error of reading path."""
-    return f'{path}\t{str(error).removeprefix(f"{path}: ")}'.replace('\n', ' ')
-
-
-def is_bad(problem):
-    """Whether the problem of a sample is that its image could not be read."""
-    return problem != '' and not problem.endswith(FLAT)
-
-
-class BadImages:
-    """Counts the images that cannot be read, and those that are flat, and lists both in output_dir, each path once.
-
-    The list is bad_images.txt for rank 0 and bad_images-RANK.txt for other processes; later epochs and resumed runs
-    add to it. Without output_dir there is none.
-    """
-
-    def __init__(self, num_images, max_bad, output_dir=None):
-        rank = distributed.world()[0]
-        name = f'bad_images-{rank}.txt' if rank else 'bad_images.txt'
-        self.num_images, self.max_bad = num_images, max_bad
-        self.file = output_dir and os.path.join(output_dir, name)
-        self.count = self.flat = 0  # samples
-        self.examples = {}  # a line of a bad image (True) and of a flat one (False)
-        self.listed = set()  # paths
-        if self.file and os.path.exists(self.file):
-            with open(self.file, encoding='utf-8', errors='surrogateescape', newline='\n') as file:
-                self.listed = {line.split('\t')[0] for line in file.read().split('\n')}
-
-    def add(self, problems):
-        """Count the samples that have a problem, and list the paths that are new."""
-        problems = [problem for problem in problems if problem]
-        bad = sum(map(is_bad, problems))
-        self.count += bad
-        self.flat += len(problems) - bad
-        new = {}
-        for line in [line for problem in problems for line in problem.split('\n')]:
-            path = line.split('\t')[0]
-            self.examples.setdefault(is_bad(line), line)
-            if path not in self.listed:
-                new[path] = line
-        self.listed.update(new)
-        if not new or not self.file:
-            return
-        try:
-            with open(self.file, 'a', encoding='utf-8', errors='surrogateescape', newline='\n') as file:
-                file.writelines(f'{line}\n' for line in new.values())
-        except OSError as error:  # the number is known all the same
-            print(f'{self.file}: {error.strerror}')
-
-    def check(self, count):
-        """Stop all processes if count, the sum over them, is too high: rank 0 raises RunError, the others exit.
-
-        Allowed are the share max_bad of the images, but at least MIN_BAD, and never all.
-        """
-        allowed = max(MIN_BAD, self.max_bad * self.num_images) if self.max_bad else 0
-        if count > allowed or count == self.num_images:
-            where = f'see {self.file}' if self.file else self.examples.get(True, '').replace('\t', ': ')
-            message = f'{count} of {self.num_images} images cannot be read, more than --max_bad {self.max_bad:g} allows'
-            message += f'; {where}'
-            raise RunError(message) if distributed.world()[0] == 0 else SystemExit(1)
-
-    def flat_note(self):
-        """A sentence on the images of one colour that all processes have used so far, or ''. All of them call it."""
-        counts, examples = zip(*distributed.gather((self.flat, self.examples.get(False, ''))))
-        if not sum(counts):
-            return ''
-        example = next(filter(None, examples)).split('\t')[0]
-        return f'{sum(counts)} images are {FLAT}, such as {example}; see {self.file}'
-
-
-# --- Which samples a process sees -----------------------------------------------------------------------------
+        raise RunError(f'{tries} images in a row cannot be read; {problem}')
 
 
 @dataclass(frozen=True)
 class BatchStream:
-    """Which (epoch, index) keys one process sees, micro-batch by micro-batch, from step start to step stop.
+    """The (epoch, index) keys of this process, a list per micro-batch, from step start to the end.
 
-    The images of a step are total_batch consecutive ones of the epoch's permutation, whatever the number of processes
-    and the batch per device. Leftover images of an epoch are dropped, as MAE does.
+    The images of a step are consecutive ones of the epoch's permutation, whatever the number of
+    processes and the batch per device. Leftover images of an epoch are dropped, as MAE does.
     """
 
-    num_samples: int
-    total_batch: int
-    batch_size: int  # images on a device at a time
+    schedule: object  # optim.Schedule
     seed: int
     start: int
-    stop: int
-    rank: int = 0
-    world_size: int = 1
 
     def __iter__(self):
-        steps_per_epoch = self.num_samples // self.total_batch
-        order = None
-        for step in range(self.start, self.stop):
-            epoch, position = divmod(step, steps_per_epoch)
+        schedule, (rank, world_size), order = self.schedule, distributed.world(), None
+        for step in range(self.start, schedule.total_steps):
+            epoch, position = divmod(step, schedule.steps_per_epoch)
             if order is None or position == 0:
-                order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
-            images = order[position * self.total_batch : (position + 1) * self.total_batch]
-            for micro_batch in images.reshape(-1, self.batch_size)[self.rank :: self.world_size]:
+                order = np.random.default_rng((self.seed, epoch)).permutation(schedule.num_images)
+            images = order[position * schedule.total_batch_size :][: schedule.total_batch_size]
+            for micro_batch in images.reshape(-1, schedule.batch_size)[rank::world_size]:
                 yield [(epoch, index) for index in micro_batch.tolist()]
 
 
-def fixed_batches(num_samples, batch_size, rank=0, world_size=1):
-    """Keys of every sample once, in order, shared out over the processes; always of epoch 0, so nothing varies."""
-    keys = [(0, index) for index in range(rank, num_samples, world_size)]
-    return [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
+def fixed_batches(num_images, batch_size):
+    """Keys of every image once, shared out over the processes; always of epoch 0.
 
-
-# --- The loader -----------------------------------------------------------------------------------------------
+    All processes get the same number of batches, of which the last may be empty.
+    """
+    rank, world_size = distributed.world()
+    keys = [(0, index) for index in range(rank, num_images, world_size)]
+    count = -(-num_images // (world_size * batch_size))
+    return [keys[i * batch_size : (i + 1) * batch_size] for i in range(count)]
 
 
 class Loader:
-    """Batches on the device: (images (N, C, H, W) normalised float, noise or labels), loaded ahead by worker processes.
+    """Batches on the device, loaded ahead: (images (N, C, H, W) normalised, noise or labels).
 
     Args:
-        batch_keys: an iterable of lists of (epoch, index).
-        statistics: (mean, std) per channel, of pixels in 0..1.
-        bad: BadImages that counts the images that could not be read.
-        leave_out: leave out of a batch what took the place of such images, for evaluation.
+        batch_keys: BatchStream, for next(loader), or fixed_batches, for a loop.
+        settings: its mean and std, per channel, are of the pixels in 0..1.
+        leave_out: leave out what took the place of unreadable images, for evaluation.
+
+    Attributes:
+        num_bad: unreadable images so far; whoever counts sets it back.
+        waits: how long the last batches took to come: pairs of moments (see now).
     """
 
-    def __init__(self, samples, batch_keys, device, statistics, num_workers=None, bad=None, leave_out=False):
-        self.device, self.leave_out = device, leave_out
-        self.bad = bad or BadImages(len(samples), 1.0)
-        self.mean, self.std = (torch.tensor(values, device=device) for values in statistics)
-        num_workers = default_workers() if num_workers is None else num_workers
-        keys = next(iter(batch_keys), []) if num_workers else []
-        batch_bytes = samples[keys[0]][0].nbytes * len(keys) if keys else 1
-        self.batches = torch.utils.data.DataLoader(
+    def __init__(self, samples, batch_keys, device, settings, num_workers=None, leave_out=False):
+        self.samples, self.device, self.leave_out = samples, device, leave_out
+        self.mean, self.std = settings.mean, settings.std
+        self.num_bad, self.waits, self.reported, self.stream = 0, [], set(), None
+        workers = default_workers() if num_workers is None else num_workers
+        fork = workers > 0 and sys.platform == 'linux'  # workers share the list of images
+        self.batches = DataLoader(
             samples,
             batch_sampler=batch_keys,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            multiprocessing_context='fork' if fork else None,
             pin_memory=device.type == 'cuda',
-            prefetch_factor=prefetch_factor(num_workers, batch_bytes) if num_workers else None,
-            **worker_options(num_workers),
+            collate_fn=collate,
+            worker_init_fn=ignore_signals,
         )
 
+    def __len__(self):
+        return len(self.batches)
+
     def __iter__(self):
-        non_blocking = self.device.type == 'cuda'  # on MPS it corrupts data before torch 2.13 (pytorch issue 189690)
-        for images, targets, problems in start_workers(self.batches):
-            self.bad.add(problems)
-            if self.leave_out and any(map(is_bad, problems)):
-                good = torch.tensor([not is_bad(problem) for problem in problems])
+        batches = iter(self.batches)
+        atexit.unregister(kill_workers)
+        atexit.register(kill_workers)  # after torch's own, to run before it
+        for images, targets, problems in batches:
+            self.report(problems)
+            if self.leave_out and any(problems):
+                good = torch.tensor([not problem for problem in problems])
                 images, targets = images[good], targets[good]
-            if len(images):
-                images = images.to(self.device, non_blocking=non_blocking)
-                targets = targets.to(self.device, non_blocking=non_blocking)
-                yield normalise(images, self.mean, self.std), targets
+            asynchronous = self.device.type == 'cuda'  # on MPS it corrupts data before torch 2.13
+            images = images.to(self.device, non_blocking=asynchronous)
+            targets = targets.to(self.device, non_blocking=asynchronous)
+            yield normalise(images, self.mean, self.std) if len(images) else images, targets
+
+    def __next__(self):
+        """The next batch of the training run."""
+        self.stream = self.stream or iter(self)
+        asked = self.now()
+        batch = next(self.stream)
+        self.waits.append((asked, self.now()))
+        return batch
+
+    def now(self):
+        """This moment; on a GPU, which may have work left, an event that it reaches in its turn."""
+        if self.device.type != 'cuda':
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def report(self, problems):
+        """Count the images that could not be read, and print each one once."""
+        for problem in filter(None, problems):
+            self.num_bad += 1
+            if problem not in self.reported:
+                print(f'unreadable: {problem}', flush=True)
+                self.reported.add(problem)
+
+    def check_bad(self, count):
+        """RunError if count unreadable images, the sum over all processes, are too many."""
+        total = len(self.samples)
+        if count == total or count > max(BAD_ALWAYS, BAD_SHARE * total):
+            if distributed.world()[0] != 0:  # rank 0 speaks for all
+                raise SystemExit(1)
+            raise RunError(f'{count} of {total} images cannot be read')
+
+
+def collate(samples):
+    """A batch; an empty one where this process has no image left."""
+    if samples:
+        return torch.utils.data.default_collate(samples)
+    return torch.empty(0), torch.empty(0), []
+
+
+# --- The processes that load images ahead ---------------------------------------------------------
+
+
+def default_workers():
+    """The CPU cores that this process may use over the training processes beside it, 1 to 16."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == 'linux' else os.cpu_count()
+    return min(16, max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+
+
+def ignore_signals(worker):
+    """Leave to the training process what is sent to all processes: it still needs batches."""
+    for number in distributed.StopRequest.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def kill_workers():
+    """Kill the workers: they ignore SIGTERM, by which Python would end them and wait forever."""
+    workers = [process for process in multiprocessing.active_children() if process.daemon]
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error
+    for process in workers:
+        process.kill()

@@ -2,7 +2,7 @@
 
 import contextlib
 
-INTERRUPTED = 75  # exit code of a run that was asked to stop and has saved: the same command resumes it
+INTERRUPTED = 75  # exit code of a run that was asked to stop and has saved
 
 
 class InputError(ValueError):
@@ -10,16 +10,16 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A fault while running, such as unreadable images. A job prints it as one line and exits with code 1."""
+    """A fault while running. A job prints it as one line and exits with code 1."""
 
     def __str__(self):
-        # torch raises a worker's error again with its traceback as text; the message is the last line.
+        # torch raises a worker's error again with its traceback as text; the last line is ours.
         return super().__str__().splitlines()[-1].removeprefix(f'{__name__}.RunError: ')
 
 
 @contextlib.contextmanager
 def as_input_error(path=None):
-    """Turn a ValueError or OSError raised inside into an InputError, about path if it is given: the user's values."""
+    """Turn a ValueError or OSError raised inside into an InputError, about path if it is given."""
     try:
         yield
     except OSError as error:

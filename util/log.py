@@ -1,4 +1,4 @@
-"""What a run reports: a progress bar (plain lines where there is no terminal), log.jsonl, TensorBoard."""
+"""What a run reports, on rank 0: a progress bar or lines, log.jsonl, TensorBoard."""
 
 import contextlib
 import json
@@ -14,101 +14,143 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from util import data, distributed
+from util import distributed
+from util.errors import as_input_error
+
+MAX_SKIPPED = 20  # in a row; fp16 may need 16 to bring its loss scale down from 65536 to 1
 
 
 class Log:
-    """The log of a run, on the process of rank 0; elsewhere every call does nothing.
+    """The numbers of the steps, and any others. They stay on the device until they are written.
 
-    output_dir/log.jsonl: a first line with command, versions and flags, then one line per entry. A resumed run drops
-    the entries after the step it resumes from, here and in TensorBoard.
-
-    Args:
-        run: engine.Run.
+    output_dir/log.jsonl: a first line with command, versions and flags, then a line per entry. A
+    resumed run drops the entries after the step it resumes from, here and in TensorBoard.
     """
 
-    def __init__(self, run):
-        self.enabled, self.total_steps, self.start_step = run.rank == 0, run.schedule.total_steps, run.start
-        self.output_dir, self.steps_done, self.failed = run.args.output_dir, run.start, False
+    def __init__(self, args, schedule, device, start):
+        self.args, self.schedule, self.device = args, schedule, device
+        self.failed, self.skipped = False, 0
+        self.enabled = distributed.world()[0] == 0
         if not self.enabled:
             return
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import, and one process needs it
+        from torch.utils.tensorboard import SummaryWriter  # a second to import, for one process
 
-        path = os.path.join(self.output_dir, 'log.jsonl')
-        kept = [entry for entry in read(path) if is_before(entry, run.start)]
-        header = {
-            'command': shlex.join(sys.argv),
-            'python': platform.python_version(),
-            'torch': torch.__version__,
-            'torchvision': torchvision.__version__,
-            'timm': timm.__version__,
-            'args': vars(run.args),
-        }
-        with open(path + '.tmp', 'w') as file:
-            file.writelines(json.dumps(line) + '\n' for line in [header, *kept])
-        os.replace(path + '.tmp', path)
-        self.file = open(path, 'a')
-        self.board = SummaryWriter(self.output_dir, purge_step=run.start + 1 if run.start else 0)
-        self.board.add_text('run', '\n\n'.join(f'**{key}** {value}' for key, value in header.items()), run.start)
-        hidden = not sys.stderr.isatty()
-        self.bar = tqdm(total=self.total_steps, initial=run.start, unit='step', dynamic_ncols=True, disable=hidden)
+        path = os.path.join(args.output_dir, 'log.jsonl')
+        versions = {module.__name__: module.__version__ for module in (torch, torchvision, timm)}
+        versions['python'] = platform.python_version()
+        header = {'command': shlex.join(sys.argv), **versions, 'args': vars(args)}
+        with as_input_error(path):
+            lines = [json.dumps(header), *map(json.dumps, entries_before(path, start))]
+            with open(f'{path}.tmp', 'w') as file:
+                file.writelines(f'{line}\n' for line in lines)
+            os.replace(f'{path}.tmp', path)
+            self.file = open(path, 'a')
+        self.board = SummaryWriter(args.output_dir, purge_step=start + 1 if start else 0)
+        self.board.add_text('run', json.dumps(header), start)
+        self.on_terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=schedule.total_steps,
+            initial=start,
+            unit='step',
+            dynamic_ncols=True,
+            file=sys.stderr if self.on_terminal else open(os.devnull, 'w'),
+        )
 
     def say(self, text):
-        """Print a line for the person watching."""
+        """Print a line."""
         if self.enabled:
             tqdm.write(text)
             sys.stdout.flush()
 
-    def advance(self):
-        """One optimiser step is done."""
-        self.steps_done += 1
-        if self.steps_done == self.start_step + 1:  # it took longer: workers were started, and --compile
-            self.began = time.time()
-        if not self.enabled:
-            return
-        self.bar.update()
-        if self.bar.disable and self.steps_done == self.start_step + 5 < self.total_steps:
-            self.say(f'about {self.eta()} left, estimated from 5 steps')
+    # --- Steps ------------------------------------------------------------------------------------
 
-    def eta(self):
-        """The time that is left, as text, at the pace of this run after its first step."""
-        timed_steps = self.steps_done - self.start_step - 1
-        if timed_steps < 1:
-            return '?'
-        pace = (time.time() - self.began) / timed_steps
-        return tqdm.format_interval(pace * (self.total_steps - self.steps_done))
+    def begin(self):
+        """Steps follow: what came before them, such as an evaluation, is not their time."""
+        self.losses, self.norms, self.began = [], [], time.perf_counter()
 
-    def entry(self, step, epoch, values):
-        """Write values {name: number} of the moment after `step` optimiser steps, which lies in `epoch` (a float)."""
-        if not self.enabled:
+    def step(self, done, loss, norm, optimizer, loader, fp16_scaler=None):
+        """Step `done` is done; loss and norm are on the device. Every --log_every steps, an entry.
+
+        Raises:
+            FloatingPointError: after MAX_SKIPPED updates in a row that were not finite.
+            RunError: if too many images cannot be read.
+        """
+        self.losses.append(loss)
+        self.norms.append(norm)
+        if self.enabled:
+            self.bar.update()
+        if done % self.args.log_every and done % self.schedule.steps_per_epoch:
+            if done != self.schedule.total_steps:
+                return
+        sums = torch.stack([*self.losses, torch.full_like(loss, loader.num_bad)]).float()
+        *losses, bad = distributed.sum_over_processes(sums).tolist()  # waits for the device
+        norms = torch.stack(self.norms).tolist()
+        seconds, on_gpu = time.perf_counter() - self.began, self.device.type == 'cuda'
+        waited = sum(a.elapsed_time(b) / 1000 if on_gpu else b - a for a, b in loader.waits)
+        world_size = distributed.world()[1]
+        used = [loss / world_size for loss, norm in zip(losses, norms) if math.isfinite(norm)]
+        values = {
+            'loss': sum(used) / len(used) if used else math.nan,
+            'lr': max(group['lr'] for group in optimizer.param_groups),
+            'grad_norm': norms[-1],
+            'images_per_s': len(losses) * self.schedule.total_batch_size / seconds,
+            'data_wait': waited / seconds,
+            **({'loss_scale': fp16_scaler.get_scale()} if fp16_scaler else {}),
+            **({'bad_images': int(bad)} if bad else {}),
+            **({'skipped': len(losses) - len(used)} if len(used) < len(losses) else {}),
+        }
+        self.entry(done, values)
+        loader.check_bad(int(bad))
+        self.check_skipped(done, norms)
+        loader.waits.clear()
+        self.begin()
+
+    def check_skipped(self, done, norms):
+        """Count the latest updates in a row that were skipped."""
+        for norm in norms:
+            self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+            if self.skipped == MAX_SKIPPED:
+                raise FloatingPointError(
+                    f'{MAX_SKIPPED} updates in a row, near step {done}, were skipped because loss '
+                    'or gradient was not finite; try --force_resume with --amp bf16 or none, a '
+                    'lower --blr, or --clip_grad 1'
+                )
+
+    # --- Entries ----------------------------------------------------------------------------------
+
+    def entry(self, step, values):
+        """Write {name: number} of the moment after `step` steps."""
+        if not self.enabled or not values:
             return
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        epoch = step / self.schedule.steps_per_epoch
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         with self.tolerate_full_disk():
-            self.file.write(json.dumps({'step': step, 'epoch': round(epoch, 4), **finite}) + '\n')
+            line = {'step': step, 'epoch': round(epoch, 4), **finite}
+            self.file.write(json.dumps(line) + '\n')
             self.file.flush()
         with self.tolerate_full_disk():
             for name, value in values.items():
                 self.board.add_scalar(tensorboard_tag(name), value, step)
         shown = {name: f'{value:.4g}' for name, value in values.items() if '/' not in name}
-        if self.bar.disable:
-            numbers = '  '.join(f'{name} {value}' for name, value in shown.items())
-            self.say(f'epoch {epoch:.2f}  step {step}/{self.total_steps}  {numbers}  ETA {self.eta()}')
+        if self.on_terminal and 'loss' in values:
+            self.bar.set_postfix({name: shown[name] for name in ('loss', 'images_per_s')})
         else:
-            self.bar.set_description(f'epoch {epoch:.2f}', refresh=False)
-            self.bar.set_postfix(
-                {name: value for name, value in shown.items() if name in ('loss', 'images_per_s') or 'val' in name}
-            )
+            progress = self.bar.format_dict
+            left = (progress['total'] - progress['n']) / (progress['rate'] or math.inf)
+            numbers = '  '.join(f'{name} {value}' for name, value in shown.items())
+            ahead = f'ETA {tqdm.format_interval(left)}' if left else 'at the end'
+            self.say(f'epoch {epoch:.2f}  step {step}/{progress["total"]}  {numbers}  {ahead}')
 
     def figure(self, name, figure, step):
         """A matplotlib figure, to output_dir/NAME.png and to TensorBoard."""
         if self.enabled:
             with self.tolerate_full_disk():
-                figure.savefig(os.path.join(self.output_dir, f'{name}.png'))
+                figure.savefig(os.path.join(self.args.output_dir, f'{name}.png'))
                 self.board.add_figure(name, figure, step)
 
     @contextlib.contextmanager
     def tolerate_full_disk(self):
-        """A log that cannot be written, as on a full disk, is reported once and does not stop the run."""
+        """A log that cannot be written is reported once and does not stop the run."""
         try:
             yield
         except OSError as error:
@@ -131,115 +173,16 @@ def tensorboard_tag(name):
     return name.replace('_', '/', 1) if name.startswith('val_') else f'train/{name}'
 
 
-def is_before(entry, step):
-    """Whether a log entry holds for a run that resumes from `step`; an epoch that ends there is evaluated again."""
-    return 0 <= entry.get('step', -1) < step or (entry.get('step') == step and 'loss' in entry)
-
-
-def read(path):
-    """The entries of a log.jsonl, as dicts; lines that a kill cut off are left out, and a missing file is empty."""
+def entries_before(path, start):
+    """The entries of log.jsonl to keep: an epoch that ends at step `start` is evaluated again."""
     entries = []
-    if os.path.exists(path):
+    if start and os.path.exists(path):
         with open(path, errors='replace') as file:
             for line in file:
-                with contextlib.suppress(json.JSONDecodeError):
+                with contextlib.suppress(json.JSONDecodeError):  # a kill cut it off
                     entries.append(json.loads(line))
-    return [entry for entry in entries if isinstance(entry, dict)]
-
-
-# --- The numbers of the steps ---
-
-MAX_SKIPPED = 20  # updates in a row; fp16 may need 16 to bring its loss scale down from 65536 to 1
-
-
-class Meter:
-    """Losses and gradient norms since the last log line. They stay on the device until then.
-
-    Args:
-        loader: its bad.count is reported and checked.
-        say: prints a line.
-    """
-
-    def __init__(self, run, loader, say):
-        self.run, self.loader, self.say = run, loader, say
-        self.skipped = []  # the latest steps in a row without an update
-        self.warm, self.warned = False, False
-        self.reset()
-
-    def reset(self):
-        self.losses, self.norms, self.waits, self.began = [], [], [], None
-
-    def now(self):
-        """The time; on a GPU, which may be busy while its process waits, an event that it reaches in its turn."""
-        if self.run.device.type != 'cuda':
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def timed(self, batches):
-        """Yield the batches; how long each took to arrive is counted."""
-        batches = iter(batches)
-        while True:
-            if self.began is None:  # what came between the steps, such as an evaluation, is not their time
-                self.began = time.perf_counter()
-            asked = self.now()
-            batch = next(batches, None)
-            if batch is None:
-                return
-            self.waits.append((asked, self.now()))
-            yield batch
-
-    def update(self, loss, norm):
-        self.losses.append(loss)
-        self.norms.append(norm)
-
-    def flush(self, done, lr):
-        """{name: number} of the steps since the last call, where `done` steps are done. Waits for the device."""
-        bad, first = self.loader.bad, done - len(self.losses)
-        sums = torch.stack([*self.losses, torch.full_like(self.losses[0], bad.count)]).float()
-        *losses, bad_images = distributed.sum_over_processes(sums).tolist()
-        bad.check(int(bad_images))
-        norms = torch.stack(self.norms).tolist()
-        seconds, on_gpu = time.perf_counter() - self.began, self.run.device.type == 'cuda'
-        waited = sum(asked.elapsed_time(came) / 1000 if on_gpu else came - asked for asked, came in self.waits)
-        finite = [loss / self.run.world_size for loss, norm in zip(losses, norms) if math.isfinite(norm)]
-        values = {
-            'loss': sum(finite) / len(finite) if finite else math.nan,
-            'lr': lr,
-            'grad_norm': norms[-1],
-            'images_per_s': len(losses) * self.run.schedule.total_batch_size / seconds,
-            'data_wait': waited / seconds,
-        }
-        if self.run.scaler.state_dict():
-            values['loss_scale'] = self.run.scaler.get_scale()
-        if bad_images:
-            values['bad_images'] = int(bad_images)
-        if len(finite) < len(losses):
-            values['skipped'] = len(losses) - len(finite)
-        self.check_skipped([first + i for i, norm in enumerate(norms) if not math.isfinite(norm)])
-        if values['data_wait'] > 0.2 and self.warm and not self.warned:
-            self.say(
-                f'The device waits for data {values["data_wait"]:.0%} of the time; see "Slow data" in docs/data.md'
-            )
-            self.warned = True
-        self.warm = True  # the first interval includes the start of the workers
-        self.reset()
-        return values
-
-    def check_skipped(self, steps):
-        """Count the latest steps in a row without an update; FloatingPointError if they are MAX_SKIPPED."""
-        for step in steps:
-            self.skipped = [*self.skipped, step] if self.skipped[-1:] == [step - 1] else [step]
-        if len(self.skipped) < MAX_SKIPPED:
-            return
-        first, schedule = self.skipped[0], self.run.schedule
-        total, seed = schedule.total_batch_size, self.run.args.seed
-        (keys,) = data.BatchStream(schedule.num_images, total, total, seed, first, first + 1)
-        images = [self.loader.batches.dataset.source.path(index) for _, index in keys[:4]]
-        raise FloatingPointError(
-            f'{len(self.skipped)} updates in a row, steps {first + 1} to {self.skipped[-1] + 1}, were skipped because '
-            f'the loss or its gradient was not finite (loss scale {self.run.scaler.get_scale():g}); the weights are '
-            f'still those of step {first}. Step {first + 1} began with {", ".join(images)}. Try --force_resume with '
-            '--amp bf16 or none, a lower --blr, or --clip_grad 1'
-        )
+    return [
+        entry
+        for entry in entries
+        if 0 <= entry.get('step', -1) < start or (entry.get('step') == start and 'loss' in entry)
+    ]
