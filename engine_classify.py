@@ -51,8 +51,10 @@ def classes_loader(args, device, source, settings):
     return engine.evaluation_loader(args, device, data.Samples(source, transform), settings)
 
 
-def evaluate(model, loader, autocast, classes, run=None):
+def evaluate(model, loader, autocast, classes, run=None, index=None):
     """Loss, top-1, top-5 and balanced accuracy (the mean over classes), in percent; and by class.
+
+    index: (K,) the logits of these classes, where the model has others too.
 
     Returns:
         values: {'val_loss', 'val_top1', 'val_balanced'}, and 'val_top5' of more than five classes.
@@ -62,6 +64,8 @@ def evaluate(model, loader, autocast, classes, run=None):
     def measure(model, images, labels):
         with autocast():
             logits = model(images).float()
+        if index is not None:
+            logits = logits[:, index]
         top1, top5 = accuracy(logits, labels, topk=(1, 5))
         one_hot = F.one_hot(labels, len(classes)).float()
         right = (logits.argmax(1) == labels).float()
@@ -93,14 +97,19 @@ def summary(values, recalls, num_images):
     )
 
 
+def find_classes(known, classes):
+    """(K,) where classes stand among those that a classifier knows. Raises InputError."""
+    unknown = sorted(set(classes) - set(known))
+    if unknown:
+        raise InputError(f'the classifier does not know the classes {", ".join(unknown[:5])}')
+    return torch.tensor([known.index(name) for name in classes])
+
+
 def report(args, device, model, settings, file, source):
     """--eval: evaluate the classifier of --init_from, print the result, and write --report.
 
     model: with a head of settings.classes, where the file names them, or else of source.classes.
     Where the source has only some of the file's classes, only their logits count.
-
-    Raises:
-        InputError: without a file, or if the source has classes that the file does not know.
     """
     if file is None:
         raise InputError('--eval needs the weights to evaluate: --init_from CHECKPOINT')
@@ -109,23 +118,21 @@ def report(args, device, model, settings, file, source):
     if not settings.classes:
         order = ', '.join(known[:5])
         lines.append(f'the file names no classes; their order is assumed: {order} ...')
-    unknown = sorted(set(source.classes) - set(known))
-    if unknown:
-        raise InputError(f'{args.init_from} does not know the classes {", ".join(unknown[:5])}')
-    if len(source.classes) < len(known):
-        lines.append(f'over the logits of {len(source.classes)} of its {len(known)} classes')
-    index = torch.tensor([known.index(name) for name in source.classes])
-    model.head.weight.data, model.head.bias.data = model.head.weight[index], model.head.bias[index]
+    index = find_classes(known, source.classes)
+    if len(index) < len(known):
+        lines.append(f'over the logits of {len(index)} of its {len(known)} classes')
     autocast, _ = engine.mixed_precision(args.amp, device)
     loader = classes_loader(args, device, source, settings)
-    values, recalls = evaluate(model.to(device), loader, autocast, source.classes)
+    model.to(device)
+    values, recalls = evaluate(model, loader, autocast, source.classes, index=index)
     if distributed.world()[0] == 0:
         print('\n'.join([*lines, summary(values, recalls, len(source))]))
     if args.report:
         rows = list(predictions(args, device, model, settings, source))
         numbers, probabilities = (np.array(part) for part in zip(*rows))
         paths = [source.path(number) for number in numbers]
-        write_report(args.report, source.classes, paths, source.labels[numbers], probabilities)
+        labels = source.labels[numbers]
+        write_report(args.report, source.classes, paths, labels, probabilities[:, index])
         print(f'Wrote classes.csv, confusion.csv, confusion.png and mistakes.csv to {args.report}')
     distributed.stop()
 

@@ -72,9 +72,7 @@ def main(args):
         model = create_encoder(settings.sizes, pool, args.drop_path)
     if args.predict:
         if not settings.classes:
-            raise InputError(
-                '--predict needs a classifier that names its classes: --init_from FILE'
-            )
+            raise InputError('--predict needs a checkpoint that names its classes: --init_from')
         give_head(model, len(settings.classes))
         weights.load(model, file, complete=True)
         return engine_classify.predict(args, device, model, settings)

@@ -26,7 +26,7 @@ def get_parser():
     flags.add_model_arguments(parser, MODELS, decoder=True)
     boolean = argparse.BooleanOptionalAction
     add = parser.add_argument_group('pre-training').add_argument
-    add('--mask_ratio', type=flags.number(float, 0, 1), default=0.75, help='share of hidden patches')
+    add('--mask_ratio', type=flags.number(float, 0, 1), default=0.75, help='share to hide')
     add('--norm_pix_loss', action=boolean, default=True, help='standardise each target patch')
     crops = ['simple', 'rrc', 'none']
     add('--crop', choices=crops, default='simple', help="MFF's, MAE's or none")

@@ -36,6 +36,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch.utils.checkpoint import checkpoint
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+ViTBlock = partial(Block, qkv_bias=True, norm_layer=LayerNorm)
 
 
 class MaskedAutoencoderMFF(nn.Module):
@@ -81,38 +82,29 @@ class MaskedAutoencoderMFF(nn.Module):
         self.grad_checkpointing = False  # see apply_block
 
         # --- Encoder: a ViT with timm's parameter names ---
-        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
-        num_patches = self.patch_embed.num_patches  # L
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.register_buffer('pos_embed', torch.zeros(1, 1 + num_patches, embed_dim))  # fixed
-        self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=LayerNorm)
-            for _ in range(depth)
-        )
-        self.norm = LayerNorm(embed_dim)
+        D, E = embed_dim, decoder_embed_dim
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, D)
+        L = self.patch_embed.num_patches
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.register_buffer('pos_embed', torch.zeros(1, 1 + L, D))  # fixed
+        blocks = (ViTBlock(D, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = LayerNorm(D)
 
         # --- Multi-level feature fusion: the paper's addition to MAE ---
-        self.fuse_projs = nn.ModuleList(
-            nn.Linear(embed_dim, embed_dim) for _ in fuse_layers[:-1]
-        )  # MFF: P_k, k < K
+        self.fuse_projs = nn.ModuleList(nn.Linear(D, D) for _ in fuse_layers[:-1])  # MFF: P_k
         if len(fuse_layers) > 1:
             # MFF: w. In 4-D, as in the reference: 1-D parameters have no weight decay, and w has.
             self.fuse_logits = nn.Parameter(torch.ones(len(fuse_layers), 1, 1, 1))  # MFF
 
         # --- Decoder ---
-        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        self.register_buffer(
-            'decoder_pos_embed', torch.zeros(1, 1 + num_patches, decoder_embed_dim)
-        )  # fixed
-        self.decoder_blocks = nn.ModuleList(
-            Block(
-                decoder_embed_dim, decoder_num_heads, mlp_ratio, qkv_bias=True, norm_layer=LayerNorm
-            )
-            for _ in range(decoder_depth)
-        )
-        self.decoder_norm = LayerNorm(decoder_embed_dim)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
+        self.decoder_embed = nn.Linear(D, E)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, E))
+        self.register_buffer('decoder_pos_embed', torch.zeros(1, 1 + L, E))  # fixed
+        blocks = (ViTBlock(E, decoder_num_heads, mlp_ratio) for _ in range(decoder_depth))
+        self.decoder_blocks = nn.ModuleList(blocks)
+        self.decoder_norm = LayerNorm(E)
+        self.decoder_pred = nn.Linear(E, patch_size**2 * in_chans)
         self.initialize_weights()
 
     def initialize_weights(self):
@@ -138,7 +130,7 @@ class MaskedAutoencoderMFF(nn.Module):
             )
 
     def no_weight_decay(self):
-        """Names without weight decay besides norms and biases. P_k and the fusion logits do decay."""
+        """Names without weight decay beside norms and biases; P_k and the fusion logits decay."""
         return {'cls_token', 'mask_token'}
 
     @property
@@ -167,8 +159,7 @@ class MaskedAutoencoderMFF(nn.Module):
         """imgs (N, C, H, W) -> fused latent (N, 1+V, D), mask (N, L), ids_restore (N, L)."""
         x = self.patch_embed(imgs) + self.pos_embed[:, 1:]  # (N, L, D)
         x, mask, ids_restore = self.random_masking(x, mask_ratio, noise)  # (N, V, D)
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
-        x = torch.cat([cls_token, x], dim=1)  # (N, 1+V, D)
+        x = self.prepend_cls(x)  # (N, 1+V, D)
         levels = []  # MFF
         for i, block in enumerate(self.blocks):
             x = self.apply_block(block, x)  # (N, 1+V, D)
@@ -190,6 +181,11 @@ class MaskedAutoencoderMFF(nn.Module):
         mask = (ids_restore >= num_visible).float()  # (N, L)
         return visible, mask, ids_restore
 
+    def prepend_cls(self, x):
+        """x (N, V, D) -> (N, 1+V, D)."""
+        cls_token = self.cls_token + self.pos_embed[:, :1]
+        return torch.cat([cls_token.expand(len(x), -1, -1), x], dim=1)
+
     def fuse(self, levels):
         """z = sum_k softmax(w)_k P_k(x_k): K times (N, 1+V, D) -> (N, 1+V, D). Figure 3."""
         if len(levels) == 1:
@@ -203,9 +199,8 @@ class MaskedAutoencoderMFF(nn.Module):
         N, L = ids_restore.shape
         mask_tokens = self.mask_token.to(x.dtype).expand(N, 1 + L - x.shape[1], -1)  # (N, L-V, E)
         patches = torch.cat([x[:, 1:], mask_tokens], dim=1)  # (N, L, E) shuffled
-        patches = patches.gather(
-            1, ids_restore.unsqueeze(-1).expand(-1, -1, x.shape[-1])
-        )  # (N, L, E) in place
+        ids_restore = ids_restore.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+        patches = patches.gather(1, ids_restore)  # (N, L, E) in place
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed  # (N, 1+L, E)
         for block in self.decoder_blocks:
             x = self.apply_block(block, x)
@@ -244,9 +239,7 @@ class MaskedAutoencoderMFF(nn.Module):
         The final norm was trained on z, the fused levels, and sees the last level alone here.
         """
         x = self.patch_embed(imgs) + self.pos_embed[:, 1:]  # (N, L, D)
-        x = torch.cat(
-            [(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1
-        )  # (N, 1+L, D)
+        x = self.prepend_cls(x)  # (N, 1+L, D)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)

@@ -167,9 +167,8 @@ def add_model_arguments(parser, models, decoder=False):
             add(f'--{name}', type=kind, nargs='+' if name == 'fuse_layers' else None, help=text)
 
 
-def add_common_arguments(parser, betas=None):
-    """Flags that every job has. betas: the usual ones, for a job with AdamW."""
-    count, rate = number(int, 1), number(float, 0)
+def add_input_arguments(parser):
+    """Images and weights, and the device that works on them: of jobs, and of tools beside them."""
     add = parser.add_argument_group('data').add_argument
     add(
         '--data_path',
@@ -185,16 +184,24 @@ def add_common_arguments(parser, betas=None):
     add('--background', type=colour, nargs=3, default=[255] * 3, help='R G B behind transparency')
     add('--num_workers', type=number(int, 0), help='loader processes (default: by CPU cores)')
 
-    add = parser.add_argument_group('weights').add_argument
+    add = parser.add_argument_group('weights and device').add_argument
     add(
         '--init_from',
         help='.pth, .safetensors, a folder with config.json, or hf-hub:ORG/NAME: ours, '
         "mmpretrain's, mmsegmentation's, MAE's, timm's, transformers'",
     )
+    add('--device', default='auto', help='cuda, mps or cpu (default: the first that is there)')
+    amp = ['auto', 'bf16', 'fp16', 'none']
+    add('--amp', choices=amp, default='auto', help='auto: bf16 or fp16 on CUDA, else none')
+    add('--batch_size', type=number(int, 1), help='most images on a device at a time')
 
+
+def add_common_arguments(parser, betas=None):
+    """Flags that every job has. betas: the usual ones, for a job with AdamW."""
+    add_input_arguments(parser)
+    count, rate = number(int, 1), number(float, 0)
     add = parser.add_argument_group('optimisation').add_argument
-    add('--total_batch_size', type=count, help='images per step, of all devices together')
-    add('--batch_size', type=count, help='most images on a device; the rest is accumulated')
+    add('--total_batch_size', type=count, help='images per step, of all devices; accumulated')
     add('--epochs', type=count, default=300, help='passes over the images')
     add('--warmup_epochs', type=rate, help='of linear warm-up (default: a tenth of the epochs)')
     add('--blr', type=rate, default=1.5e-4, help='learning rate per 256 images of the total batch')
@@ -211,9 +218,6 @@ def add_common_arguments(parser, betas=None):
     add('--resume', default='auto', help='auto: from --output_dir; none; or a checkpoint')
     add('--force_resume', action='store_true', help='also with flags that change the training')
     add('--seed', type=number(int, 0, 2**63 - 1), default=0, help='of all random numbers')
-    add('--device', default='auto', help='cuda, mps or cpu (default: the first that is there)')
-    amp = ['auto', 'bf16', 'fp16', 'none']
-    add('--amp', choices=amp, default='auto', help='auto: bf16 or fp16 on CUDA, else none')
     add('--compile', action=boolean, default=False, help='torch.compile the model')
     add('--save_every', type=rate, default=10, metavar='MINUTES', help='between checkpoints')
     add('--keep_every', **epochs, help='between checkpoints that are kept')

@@ -68,24 +68,15 @@ def join_group(device_type):
             f'the environment speaks of {world_size} processes; start them with torchrun, or with '
             'srun after setting MASTER_ADDR and MASTER_PORT; one alone: unset SLURM_NTASKS'
         )
-    restarts = os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0')
-    if restarts != '0' and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
-        # Restarted processes would find old addresses (github.com/pytorch/pytorch/issues/135712).
-        raise InputError(
-            'torchrun --max_restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and '
-            '--rdzv_backend=c10d or --standalone'
-        )
-    try:  # gloo beside nccl, as processes tell each other numbers and stop requests on the CPU
-        backend = 'cpu:gloo,cuda:nccl' if device_type == 'cuda' else 'gloo'
+    # gloo beside nccl, as processes tell each other numbers and stop requests on the CPU
+    backend = 'cpu:gloo,cuda:nccl' if device_type == 'cuda' else 'gloo'
+    try:
         dist.init_process_group(backend, rank=rank, world_size=world_size)
-        joined.append(dist.group.WORLD)
-        barrier()
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise RunError(
-            f'the {world_size} processes cannot connect ({reason}); where a host name resolves to '
-            '127.0.1.1, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, to eth0 for instance'
-        ) from None
+        raise RunError(f'the {world_size} processes cannot connect: {reason}') from None
+    joined.append(dist.group.WORLD)
+    barrier()
 
 
 def stop():
