@@ -6,14 +6,40 @@ import os
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import accuracy
 
 import engine
+from models_mff import create_encoder
 from util import data, distributed, sources, transforms, weights
 from util.errors import InputError, as_input_error
+
+
+class LinearProbe(nn.Module):
+    """A frozen encoder; BatchNorm without parameters on its cls token; a Linear (MAE, A.1)."""
+
+    def __init__(self, encoder, num_classes):
+        super().__init__()
+        self.backbone = encoder.requires_grad_(False)
+        self.bn = nn.BatchNorm1d(encoder.embed_dim, affine=False, eps=1e-6)
+        self.head = nn.Linear(encoder.embed_dim, num_classes)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def forward(self, imgs):
+        """imgs (N, C, H, W) -> logits (N, K)."""
+        with torch.no_grad():
+            tokens = self.backbone(imgs)  # (N, D)
+        return self.head(self.bn(tokens))
+
 
 # --- Loss -----------------------------------------------------------------------------------------
 
@@ -105,35 +131,57 @@ def find_classes(known, classes):
     return torch.tensor([known.index(name) for name in classes])
 
 
-def report(args, device, model, settings, file, source):
+def load_classifier(args, device):
+    """(classifier of --init_from, on the device, settings). Raises InputError if it is none."""
+    if not args.init_from:
+        raise InputError('no classifier: --init_from CHECKPOINT')
+    file = weights.read(args.init_from)
+    settings = weights.settings_of(args, file)
+    head = file['model'].get('head.weight')
+    if head is None:
+        raise InputError(f'{args.init_from}: not a classifier, it has no head')
+    if 'bn.running_mean' in file['model']:
+        model = LinearProbe(create_encoder(settings.sizes, 'token'), len(head))
+    else:
+        pool = getattr(args, 'global_pool', None) or settings.global_pool or 'avg'
+        model = create_encoder(settings.sizes, pool)
+        model.reset_classifier(len(head))
+    lines = [weights.load(model, file, complete=True), *settings.notes]
+    if distributed.world()[0] == 0:
+        print('\n'.join(lines))
+    return model.to(device).eval(), settings
+
+
+def report(args, device):
     """--eval: evaluate the classifier of --init_from, print the result, and write --report.
 
-    model: with a head of settings.classes, where the file names them, or else of source.classes.
-    Where the source has only some of the file's classes, only their logits count.
+    Where the images are of only some of its classes, only their logits count.
     """
-    if file is None:
-        raise InputError('--eval needs the weights to evaluate: --init_from CHECKPOINT')
-    lines = [weights.load(model, file, complete=True), *settings.notes]
-    known = settings.classes or source.classes
-    if not settings.classes:
-        order = ', '.join(known[:5])
-        lines.append(f'the file names no classes; their order is assumed: {order} ...')
+    model, settings = load_classifier(args, device)
+    _, source = sources.open_sources(args, settings.sizes, labelled=True, only_val=True)
+    num_classes, known = len(model.head.weight), settings.classes or source.classes
+    if len(known) != num_classes:
+        raise InputError(
+            f'{args.init_from} has {num_classes} classes, without names, not {len(known)}'
+        )
     index = find_classes(known, source.classes)
-    if len(index) < len(known):
-        lines.append(f'over the logits of {len(index)} of its {len(known)} classes')
     autocast, _ = engine.mixed_precision(args.amp, device)
     loader = classes_loader(args, device, source, settings)
-    model.to(device)
     values, recalls = evaluate(model, loader, autocast, source.classes, index=index)
     if distributed.world()[0] == 0:
-        print('\n'.join([*lines, summary(values, recalls, len(source))]))
+        if not settings.classes:
+            print(f'it names no classes; their order is assumed: {", ".join(known[:5])} ...')
+        if len(index) < num_classes:
+            print(f'over the logits of {len(index)} of its {num_classes} classes')
+        print(summary(values, recalls, len(source)))
     if args.report:
-        rows = list(predictions(args, device, model, settings, source))
-        numbers, probabilities = (np.array(part) for part in zip(*rows))
-        paths = [source.path(number) for number in numbers]
-        labels = source.labels[numbers]
-        write_report(args.report, source.classes, paths, labels, probabilities[:, index])
-        print(f'Wrote classes.csv, confusion.csv, confusion.png and mistakes.csv to {args.report}')
+        shares = distributed.gather(list(predictions(args, device, model, settings, source)))
+        numbers, probabilities = (np.array(part) for part in zip(*sum(shares, [])))
+        if distributed.world()[0] == 0:
+            paths = [source.path(number) for number in numbers]
+            labels = source.labels[numbers]
+            write_report(args.report, source.classes, paths, labels, probabilities[:, index])
+            print(f'Wrote classes.csv, confusion.csv, confusion.png, mistakes.csv in {args.report}')
     distributed.stop()
 
 
@@ -151,13 +199,15 @@ def predictions(args, device, model, settings, source):
         yield from zip(numbers.tolist(), probabilities.tolist())
 
 
-def predict(args, device, model, settings):
+def predict(args, device):
     """--predict: print the most probable classes of images; SystemExit(1) if one is unreadable.
 
     Where the images lie in folders of known classes, also the true class.
     """
-    source = sources.open_given(args, settings)
-    count = 0
+    model, settings = load_classifier(args, device)
+    if not settings.classes:
+        raise InputError(f'{args.init_from}: it names no classes, so there is nothing to print')
+    source, count = open_given(args, settings), 0
     for number, probabilities in predictions(args, device, model, settings, source):
         count += 1
         best = np.argsort(probabilities)[::-1]
@@ -166,13 +216,32 @@ def predict(args, device, model, settings):
         label = -1 if source.labels is None else source.labels[number]
         true = source.classes[label] if label >= 0 else None
         if args.json:
-            line = {'image': source.path(number), 'classes': top}
-            print(json.dumps(line | ({'class': true} if true else {})))
+            line = {'image': source.path(number), 'classes': top, 'class': true}
+            print(json.dumps(line))
         else:
-            parts = [source.path(number), *(f'{name} {p:.1%}' for name, p in top.items())]
-            print('  '.join([*parts, *([f'(is {true})'] if true else [])]))
+            names = [f'{name} {p:.1%}' for name, p in top.items()]
+            print('  '.join([source.path(number), *names] + ([f'(is {true})'] if true else [])))
     if count < len(source):
         raise SystemExit(1)
+
+
+def open_given(args, settings):
+    """The images of --predict: files and folders, or --split of the one folder."""
+    if args.split:
+        args.data_path, args.val_share = args.predict[0], settings.args.get('val_share', 0.0)
+        return sources.open_sources(args, settings.sizes)[args.split == 'val']
+    paths = sources.image_paths(args.predict)
+    options = settings.sizes['in_chans'], tuple(args.background), args.max_value
+    numbers = {name: number for number, name in enumerate(settings.classes)}
+    labels = [numbers.get(os.path.basename(os.path.dirname(path)), -1) for path in paths]
+    return sources.Images(
+        options,
+        '',
+        [os.fsencode(path) for path in paths],
+        sources.read_file,
+        classes=settings.classes,
+        labels=np.array(labels),
+    )
 
 
 # --- Files of an evaluation -----------------------------------------------------------------------

@@ -64,23 +64,18 @@ def augmentation(text):
 def main(args):
     # --- Data, model ------------------------------------------------------------------------------
     device = distributed.start(args.device)
+    if args.eval:
+        return engine_classify.report(args, device)
+    if args.predict:
+        return engine_classify.predict(args, device)
     torch.manual_seed(args.seed)
     file = weights.read(args.init_from) if args.init_from else None
     settings = weights.settings_of(args, file)  # sizes, mean, std: flags, --init_from or --model
     pool = args.global_pool or settings.global_pool or 'avg'
     with as_input_error():
         model = create_encoder(settings.sizes, pool, args.drop_path)
-    if args.predict:
-        if not settings.classes:
-            raise InputError('--predict needs a checkpoint that names its classes: --init_from')
-        give_head(model, len(settings.classes))
-        weights.load(model, file, complete=True)
-        return engine_classify.predict(args, device, model, settings)
-    train_source, val_source = sources.open_sources(args, settings.sizes, True, args.eval)
+    train_source, val_source = sources.open_sources(args, settings.sizes, labelled=True)
     classes = val_source.classes
-    if args.eval:
-        give_head(model, len(settings.classes or classes))
-        return engine_classify.report(args, device, model, settings, file, val_source)
     give_head(model, len(classes))
     model.set_grad_checkpointing(args.grad_checkpointing)
     origin = weights.load(model, file, classes=classes) if file else 'random weights'

@@ -8,7 +8,6 @@ Resuming, processes and recipes are as in main_pretrain.py. Without training: to
 """
 
 import torch
-import torch.nn as nn
 from timm.optim import Lars
 
 import engine
@@ -30,29 +29,6 @@ def get_parser():
     return parser
 
 
-class LinearProbe(nn.Module):
-    """A frozen encoder; BatchNorm without parameters on its cls token; a Linear (MAE, A.1)."""
-
-    def __init__(self, encoder, num_classes):
-        super().__init__()
-        self.backbone = encoder.requires_grad_(False)
-        self.bn = nn.BatchNorm1d(encoder.embed_dim, affine=False, eps=1e-6)
-        self.head = nn.Linear(encoder.embed_dim, num_classes)
-        nn.init.normal_(self.head.weight, std=0.01)
-        nn.init.zeros_(self.head.bias)
-
-    def train(self, mode=True):
-        super().train(mode)
-        self.backbone.eval()
-        return self
-
-    def forward(self, imgs):
-        """imgs (N, C, H, W) -> logits (N, K)."""
-        with torch.no_grad():
-            tokens = self.backbone(imgs)  # (N, D)
-        return self.head(self.bn(tokens))
-
-
 def create_lars(head, lr, momentum, weight_decay):
     """LARS as in MAE: it adapts the rate of the weight, also without decay, not of the bias."""
     weight = {'params': [head.weight], 'always_adapt': True}
@@ -63,6 +39,8 @@ def create_lars(head, lr, momentum, weight_decay):
 def main(args):
     # --- Data, model ------------------------------------------------------------------------------
     device = distributed.start(args.device)
+    if args.eval:
+        return engine_classify.report(args, device)
     torch.manual_seed(args.seed)
     file = weights.read(args.init_from) if args.init_from else None
     settings = weights.settings_of(args, file)
@@ -71,13 +49,10 @@ def main(args):
             encoder = create_encoder(settings.sizes, 'token')
         else:
             encoder = weights.random_encoder(settings.sizes)
-    train_source, val_source = sources.open_sources(args, settings.sizes, True, args.eval)
+    train_source, val_source = sources.open_sources(args, settings.sizes, labelled=True)
     classes = val_source.classes
-    if args.eval:
-        model = LinearProbe(encoder, len(settings.classes or classes))
-        return engine_classify.report(args, device, model, settings, file, val_source)
     origin = weights.load(encoder, file) if file else 'random weights'
-    model = LinearProbe(encoder, len(classes)).to(device)
+    model = engine_classify.LinearProbe(encoder, len(classes)).to(device)
     train_set = data.Samples(
         train_source, transforms.linprobe_transform(args, settings), seed=args.seed
     )
