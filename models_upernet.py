@@ -1,19 +1,19 @@
 """Semantic segmentation with a pre-trained ViT: UperNet, in one file.
 
-Xiao, Liu, Zhou, Jiang, Sun: "Unified Perceptual Parsing for Scene Understanding", ECCV 2018, arXiv 1807.10221,
-figure 4; on a plain ViT, as BEiT, MAE and MFF use it. tests/test_segment.py compares every number with
-mmsegmentation 1.2.2 (configs/mae), whose recipe is that of MFF's authors.
+Xiao, Liu, Zhou, Jiang, Sun: "Unified Perceptual Parsing for Scene Understanding", ECCV 2018, arXiv
+1807.10221, figure 4; on a plain ViT, as BEiT, MAE and MFF use it. tests/test_segment.py compares
+every number with mmsegmentation 1.2.2 (configs/mae), whose recipe is that of MFF's authors.
 
-    image -> ViT block ... block ... block ... last block       plus relative position bias and layer scale
+    image -> ViT block ... block ... block ... last block    with relative positions, layer scale
                    |         |         |           |
-                 x 4       x 2       x 1         x 1/2          neck: a ViT has one resolution, a pyramid four
+                 x 4       x 2       x 1         x 1/2       neck: a ViT has one resolution
                    |         |         |           |
-                   |         |         |     pyramid pooling    1, 2, 3 and 6 cells per side
+                   |         |         |     pyramid pooling 1, 2, 3 and 6 cells per side
                 lateral   lateral   lateral        |
-                   + <------ + <------ + <---------+            top-down: what is above, enlarged, is added
+                   + <------ + <------ + <---------+         top-down: enlarge what is above, add
                    |         |         |           |
                   3x3       3x3       3x3          |
-                   +---------+----+----+-----------+            enlarged to the finest, concatenated
+                   +---------+----+----+-----------+         enlarge to the finest, concatenate
                                   |
                            3x3, classifier -> logits at 1/4 (patch 16), enlarged to the image
 
@@ -34,23 +34,18 @@ from models_mff import check_image_size, check_layers, check_width
 DROPOUT = 0.1  # of whole channels, before both classifiers
 
 
-class Pool(nn.AdaptiveAvgPool2d):
-    def forward(self, x):  # on MPS, only cells of equal size work (pytorch issue 143864)
-        return super().forward(x.cpu()).to(x.device) if x.device.type == 'mps' else super().forward(x)
-
-
 class UperNet(nn.Module):
     """UperNet on a ViT.
 
     Args:
-        img_size: side, or (H, W), of the only input size: relative positions fix it. A multiple of patch_size.
+        img_size: side, or (H, W), of the only input size, which the relative positions fix.
         patch_size, embed_dim, depth, num_heads, mlp_ratio, in_chans: the ViT.
         num_classes: K.
-        levels: indices of the four blocks whose outputs are used, increasing, the last one depth - 1.
+        levels: indices of the four blocks whose outputs are used; the last is depth - 1.
         channels, aux_channels: width of the head and of the auxiliary head.
         drop_path: rate at the last block, growing linearly from 0 at the first.
-        classifier_std: deviation of the classifiers' weights at the start. The reference's 0.01 keeps narrow heads, of
-            16 channels, from telling classes apart for hundreds of steps; 0.1 does not.
+        classifier_std: deviation of the classifiers' first weights. With the reference's 0.01,
+            heads of 16 channels tell no classes apart for hundreds of steps; with 0.1 they do.
 
     Raises:
         ValueError: if sizes do not divide, or levels is not a valid choice.
@@ -76,14 +71,13 @@ class UperNet(nn.Module):
         img_size = to_2tuple(img_size)
         check_image_size(img_size, patch_size)
         check_width(embed_dim, num_heads)
-        if min(img_size) < 2 * patch_size:
-            raise ValueError(f'image size {img_size} must be two patches of {patch_size} at least')
-        self.levels = tuple(levels)
-        if len(self.levels) != 4:
-            raise ValueError(f'levels {list(levels)} must be four blocks, one for each size of the pyramid')
-        check_layers('levels', self.levels, depth)
+        check_layers('levels', levels, depth)
+        if len(levels) != 4:
+            raise ValueError(f'levels {list(levels)} must be four, one for each scale')
+        if min(img_size) < 2 * patch_size:  # the pyramid halves the patches
+            raise ValueError(f'image size {img_size} is less than two patches of {patch_size}')
 
-        # timm's Beit is mmsegmentation's MAE backbone. It starts equal to the plain ViT: biases 0, layer scales 1.
+        # mmsegmentation's MAE backbone. It starts equal to the plain ViT: biases 0, layer scales 1.
         self.encoder = Beit(
             img_size=img_size,
             patch_size=patch_size,
@@ -97,16 +91,15 @@ class UperNet(nn.Module):
             use_rel_pos_bias=True,
             drop_path_rate=drop_path,
         )
-        self.encoder.prune_intermediate_layers(self.levels, prune_norm=True)  # levels are raw block outputs
+        self.levels = tuple(levels)
+        self.encoder.prune_intermediate_layers(self.levels, prune_norm=True)  # raw block outputs
 
-        self.neck = nn.ModuleList([
-            nn.Sequential(double(embed_dim), nn.BatchNorm2d(embed_dim), nn.GELU(), double(embed_dim)),
-            double(embed_dim),
-            nn.Identity(),
-            nn.MaxPool2d(2),
-        ])  # fmt: skip
+        width, norm = embed_dim, nn.BatchNorm2d(embed_dim)
+        twice = nn.Sequential(double(width), norm, nn.GELU(), double(width))
+        self.neck = nn.ModuleList([twice, double(width), nn.Identity(), nn.MaxPool2d(2)])
         self.pools = nn.ModuleList(
-            nn.Sequential(Pool(cells), ConvNormReLU(embed_dim, channels, 1)) for cells in (1, 2, 3, 6)
+            nn.Sequential(nn.AdaptiveAvgPool2d(cells), ConvNormReLU(embed_dim, channels, 1))
+            for cells in (1, 2, 3, 6)
         )
         self.pool_conv = ConvNormReLU(embed_dim + 4 * channels, channels, 3)
         self.laterals = nn.ModuleList(ConvNormReLU(embed_dim, channels, 1) for _ in range(3))
@@ -114,46 +107,47 @@ class UperNet(nn.Module):
         self.fuse = ConvNormReLU(4 * channels, channels, 3)
         self.classifier = nn.Sequential(nn.Dropout2d(DROPOUT), nn.Conv2d(channels, num_classes, 1))
         self.aux_head = nn.Sequential(
-            ConvNormReLU(embed_dim, aux_channels, 3), nn.Dropout2d(DROPOUT), nn.Conv2d(aux_channels, num_classes, 1)
+            ConvNormReLU(embed_dim, aux_channels, 3),
+            nn.Dropout2d(DROPOUT),
+            nn.Conv2d(aux_channels, num_classes, 1),
         )
         self.initialize_weights(classifier_std)
 
     def initialize_weights(self, classifier_std):
-        """The reference's initialisation of the heads; the encoder keeps timm's, the neck torch's."""
-        for part in (self.pools, self.pool_conv, self.laterals, self.smooth, self.fuse, self.aux_head):
-            for module in part.modules():
-                if isinstance(module, nn.Conv2d):
-                    nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+        """The reference's for the heads; the encoder keeps timm's, the neck torch's."""
+        heads = [self.pools, self.pool_conv, self.laterals, self.smooth, self.fuse, self.aux_head]
+        for module in nn.ModuleList(heads).modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
         for classifier in (self.classifier[-1], self.aux_head[-1]):
             nn.init.normal_(classifier.weight, std=classifier_std)
             nn.init.zeros_(classifier.bias)
 
     def no_weight_decay(self):
-        """Names without weight decay besides norms and biases: none. Position embeddings and tables decay, too.
-
-        (mmsegmentation's rule looks for 'pos_embed', but the parameter is called 'backbone.pos_embed'.)
-        """
-        return set()
+        """Besides norms and biases."""
+        return set()  # the reference's rule names 'pos_embed', but its is 'backbone.pos_embed'
 
     def group_matcher(self, coarse=False):
-        """Layers, for timm's layer decay: embeddings, each block, and all the rest with the rate itself."""
-        return {'stem': r'^encoder\.(?:cls_token|pos_embed|patch_embed)', 'blocks': r'^encoder\.blocks\.(\d+)'}
+        """Layers, for timm's layer decay: embeddings, each block, and all the rest."""
+        stem = r'^encoder\.(?:cls_token|pos_embed|patch_embed)'
+        return {'stem': stem, 'blocks': r'^encoder\.blocks\.(\d+)'}
 
     def forward(self, imgs, resize=True):
-        """imgs (N, 3, H, W) -> logits (N, K, H, W); in training mode (logits, auxiliary logits), both of that shape.
+        """imgs (N, 3, H, W) -> logits (N, K, H, W); in training mode (logits, auxiliary logits).
 
-        resize=False leaves logits at the heads' own resolution: those of many classes are large, and the loss enlarges
-        them a few images at a time.
+        resize=False leaves both at the heads' own resolutions, for the loss: 150 classes of a whole
+        batch at full size take gigabytes.
         """
-        levels = self.encoder.forward_intermediates(imgs, self.levels, intermediates_only=True)  # 4 x (N, D, h, w)
-        logits = self.forward_head([scale(level) for scale, level in zip(self.neck, levels)])
-        outputs = [logits, self.aux_head(levels[2])] if self.training else [logits]
+        blocks = self.encoder.forward_intermediates(imgs, self.levels, intermediates_only=True)
+        outputs = [self.forward_head([scale(x) for scale, x in zip(self.neck, blocks)])]
+        if self.training:
+            outputs.append(self.aux_head(blocks[2]))  # of 4 x (N, D, h, w)
         if resize:
             outputs = [enlarge(output, imgs) for output in outputs]
         return tuple(outputs) if self.training else outputs[0]
 
     def forward_head(self, pyramid):
-        """pyramid: (N, D, 4h, 4w), (N, D, 2h, 2w), (N, D, h, w), (N, D, h/2, w/2) -> logits (N, K, 4h, 4w)."""
+        """(N, D, 4h, 4w), (N, D, 2h, 2w), (N, D, h, w), (N, D, h/2, w/2) -> (N, K, 4h, 4w)."""
         top = pyramid[-1]
         pooled = [enlarge(pool(top), top) for pool in self.pools]  # 4 x (N, C, h/2, w/2)
         features = [lateral(level) for lateral, level in zip(self.laterals, pyramid)]
@@ -176,7 +170,7 @@ def enlarge(x, like):
 
 
 def default_levels(depth):
-    """Blocks at a third, half, two thirds and the end: (3, 5, 7, 11) of 12, (7, 11, 15, 23) of 24, as published."""
+    """At a third, half, two thirds and the end: (3, 5, 7, 11) of 12, (7, 11, 15, 23) of 24."""
     levels = [max(0, depth // 3 - 1)]
     for index in (depth // 2 - 1, 2 * depth // 3 - 1, depth - 1):
         levels.append(max(index, levels[-1] + 1))
