@@ -134,6 +134,13 @@ def gather(value):
     return values
 
 
+def sum_over_processes(tensor):
+    """Sum a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def check_equal(values):
     """Raise InputError on every process unless the values {name: value} are the same on all."""
     everyones = gather(values)

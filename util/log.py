@@ -136,10 +136,12 @@ class Log:
             self.bar.set_postfix({name: shown[name] for name in ('loss', 'images_per_s')})
         else:
             progress = self.bar.format_dict
-            left = (progress['total'] - progress['n']) / (progress['rate'] or math.inf)
-            numbers = '  '.join(f'{name} {value}' for name, value in shown.items())
-            ahead = f'ETA {tqdm.format_interval(left)}' if left else 'at the end'
-            self.say(f'epoch {epoch:.2f}  step {step}/{progress["total"]}  {numbers}  {ahead}')
+            words = [f'epoch {epoch:.2f}  step {step}/{progress["total"]}']
+            words += [f'{name} {value}' for name, value in shown.items()]
+            if progress['rate']:
+                left = (progress['total'] - progress['n']) / progress['rate']
+                words.append(f'ETA {tqdm.format_interval(left)}')
+            self.say('  '.join(words))
 
     def figure(self, name, figure, step):
         """A matplotlib figure, to output_dir/NAME.png and to TensorBoard."""
