@@ -290,41 +290,20 @@ def default_fuse_layers(depth):
 
 
 ENCODER = ('img_size', 'in_chans', 'patch_size', 'embed_dim', 'depth', 'num_heads', 'mlp_ratio')
+DECODER = ('decoder_embed_dim', 'decoder_depth', 'decoder_num_heads', 'fuse_layers')
 
-# Arguments of MaskedAutoencoderMFF. Fused layers: the paper's for ViT-B; the authors' prototype for
-# ViT-S; public uses of MFF for depths 24 and 32. Nano, for CPUs, and tiny are ours.
+# Fused layers: the paper's for ViT-B; the authors' prototype for ViT-S; public uses of MFF for
+# depths 24 and 32. Nano, for CPUs, and tiny are ours.
 MODELS = {
-    'vit_nano_patch4': dict(
-        img_size=32, patch_size=4, embed_dim=64, depth=4, num_heads=4, mlp_ratio=4.0,
-        decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=4,
-        fuse_layers=(0, 1, 2, 3),
-    ),
-    'vit_tiny_patch4': dict(
-        img_size=32, patch_size=4, embed_dim=192, depth=12, num_heads=3, mlp_ratio=4.0,
-        decoder_embed_dim=96, decoder_depth=4, decoder_num_heads=3,
-        fuse_layers=(0, 2, 4, 6, 8, 11),
-    ),
-    'vit_small_patch16': dict(
-        img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6, mlp_ratio=4.0,
-        decoder_embed_dim=384, decoder_depth=8, decoder_num_heads=12,
-        fuse_layers=(3, 5, 7, 11),
-    ),
-    'vit_base_patch16': dict(
-        img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0,
-        decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16,
-        fuse_layers=(0, 2, 4, 6, 8, 11),
-    ),
-    'vit_large_patch16': dict(
-        img_size=224, patch_size=16, embed_dim=1024, depth=24, num_heads=16, mlp_ratio=4.0,
-        decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16,
-        fuse_layers=(0, 4, 8, 12, 16, 20, 23),
-    ),
-    'vit_huge_patch14': dict(
-        img_size=224, patch_size=14, embed_dim=1280, depth=32, num_heads=16, mlp_ratio=4.0,
-        decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16,
-        fuse_layers=(0, 4, 8, 12, 16, 20, 24, 28, 31),
-    ),
-}  # fmt: skip
+    # image side, channels, patch; encoder width, depth, heads, mlp; decoder width, depth, heads
+    'vit_nano_patch4': (32, 3, 4, 64, 4, 4, 4.0, 64, 1, 4, (0, 1, 2, 3)),
+    'vit_tiny_patch4': (32, 3, 4, 192, 12, 3, 4.0, 96, 4, 3, (0, 2, 4, 6, 8, 11)),
+    'vit_small_patch16': (224, 3, 16, 384, 12, 6, 4.0, 384, 8, 12, (3, 5, 7, 11)),
+    'vit_base_patch16': (224, 3, 16, 768, 12, 12, 4.0, 512, 8, 16, (0, 2, 4, 6, 8, 11)),
+    'vit_large_patch16': (224, 3, 16, 1024, 24, 16, 4.0, 512, 8, 16, (0, 4, 8, 12, 16, 20, 23)),
+    'vit_huge_patch14': (224, 3, 14, 1280, 32, 16, 4.0, 512, 8, 16, (*range(0, 29, 4), 31)),
+}
+MODELS = {name: dict(zip(ENCODER + DECODER, sizes)) for name, sizes in MODELS.items()}
 
 
 def model_sizes(name, **changes):
@@ -344,7 +323,7 @@ def model_sizes(name, **changes):
     if name not in MODELS:
         raise ValueError(f"no model '{name}'; there are {', '.join(MODELS)}")
     changes = {key: value for key, value in changes.items() if value is not None}
-    sizes = {'in_chans': 3, **MODELS[name], **changes}
+    sizes = MODELS[name] | changes
     if 'fuse_layers' not in changes and sizes['depth'] != MODELS[name]['depth']:
         sizes['fuse_layers'] = default_fuse_layers(sizes['depth'])
     sizes['img_size'] = to_2tuple(sizes['img_size'])
