@@ -1,7 +1,8 @@
-"""An embedded data set: procedurally drawn, labelled pictures of any size, for the demo and the tests.
+"""An embedded data set: drawn, labelled pictures of any size, for the demo and the tests.
 
-Each shows a large shape, whose kind is the label, and a smaller one behind or before it, all of them textured. Picture
-i of a split is always the same: everything is drawn from a generator seeded by (split, i).
+Each shows a large shape, whose kind is the label, and a smaller one behind or before it, all of
+them textured. Picture i of a split is always the same: it is drawn from a generator seeded by
+(split, i).
 """
 
 import math
@@ -9,7 +10,7 @@ import math
 import numpy as np
 import torch
 
-CACHE_BYTES = 100e6  # of pictures kept by each process, as drawing one takes twice as long as cropping it
+CACHE_BYTES = 100e6  # of pictures kept by each process; drawing one takes twice a crop's time
 
 
 def box(x, y, half_width, half_height):
@@ -21,7 +22,7 @@ def polygon(x, y, sides):
     return np.max([x * np.cos(a) + y * np.sin(a) for a in angles], axis=0) - np.cos(np.pi / sides)
 
 
-# (x, y, radius, angle) -> about the distance to the outline of a shape of radius one, negative inside
+# (x, y, radius, angle) -> about the distance to the outline of a shape of radius 1, negative inside
 SHAPES = {
     'bar': lambda x, y, r, a: box(x, y, 1, 0.3),
     'circle': lambda x, y, r, a: r - 0.9,
@@ -59,7 +60,7 @@ class Shapes:
         return self.picture_and_mask(index)[0], int(self.labels[index])
 
     def picture_and_mask(self, index):
-        """uint8 (3, H, W), and uint8 (H, W): 1 + label where the large shape is seen, 0 elsewhere."""
+        """uint8 (3, H, W), and uint8 (H, W): 1 + label where the large shape is seen, else 0."""
         if index in self.drawn:
             return self.drawn[index]
         picture, mask = map(torch.from_numpy, self.draw(index))
@@ -85,11 +86,12 @@ class Shapes:
         for alpha, pixels in layers if small_in_front else layers[::-1]:
             image = image * (1 - alpha) + pixels * alpha
         seen = (large > 0.5) & ~(small_in_front & (small > 0.5))
-        return (image.clip(0, 1) * 255).round().astype(np.uint8), (seen * (1 + label)).astype(np.uint8)
+        image = (image.clip(0, 1) * 255).round()
+        return image.astype(np.uint8), (seen * (1 + label)).astype(np.uint8)
 
 
 def outline(x, y, rng, label, centre, scale):
-    """The coverage (H, W) in 0..1 of a shape that is turned a little, with one pixel of anti-aliasing."""
+    """The coverage (H, W) in 0..1 of a shape, turned a little, with one pixel of anti-aliasing."""
     turn = rng.uniform(-0.5, 0.5)
     dx, dy = (x - centre[0]) / scale, (y - centre[1]) / scale
     dx, dy = dx * math.cos(turn) + dy * math.sin(turn), dy * math.cos(turn) - dx * math.sin(turn)
@@ -98,9 +100,11 @@ def outline(x, y, rng, label, centre, scale):
 
 
 def texture(x, y, rng, low, high):
-    """Pixels (3, H, W): a colour whose channels are in low..high, with a slight gradient and stripes."""
+    """Pixels (3, H, W): a colour with channels in low..high, a slight gradient and stripes."""
     colour, slope, depth = rng.random((3, 3, 1, 1), dtype=np.float32)
     angle, stripes, phase = (2 * np.pi * rng.random(3)).tolist()
-    along, across = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
+    along = x * math.cos(angle) + y * math.sin(angle)
+    across = y * math.cos(angle) - x * math.sin(angle)
     waves = np.sin((4 + 1.3 * stripes) * across + phase)
-    return low + (high - low) * colour + (0.3 * slope - 0.15) * along + (0.14 * depth - 0.07) * waves
+    pixels = low + (high - low) * colour + (0.3 * slope - 0.15) * along
+    return pixels + (0.14 * depth - 0.07) * waves
