@@ -33,14 +33,15 @@ def make_schedule(args, num_images, usual_batch=4096, at_least=1):
     Args:
         usual_batch: without --total_batch_size, the batch is the largest power of two up to this
             one that leaves ten steps per epoch;
-        at_least: but not fewer images than these on a device.
+        at_least: but a multiple of these on each device.
 
     Raises:
         InputError: if batch, warm-up or learning rate do not fit.
     """
     world_size = distributed.world()[1]
     few = 2 ** int(math.log2(max(1, min(usual_batch, num_images // 10))))
-    total = args.total_batch_size or max(few, at_least * world_size)
+    unit = at_least * world_size
+    total = args.total_batch_size or max(unit, few - few % unit)
     if total > num_images:
         raise InputError(
             f'{args.data_path} has {num_images} images, too few for one step of {total} images '
