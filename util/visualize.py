@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw
 from util import log, transforms
 from util.args import ArgumentParser, number, run_job
 from util.errors import InputError
-from util.folders import image_paths
+from util.sources import image_paths
 from util.images import read_image
 from util.weights import load_encoder, load_model, random_encoder
 
