@@ -155,7 +155,7 @@ def linprobe_transform(args, settings):
 
 def normalise(images, mean, std):
     """uint8, or float in 0..1, (N, C, H, W) -> float, less mean and over std, each per channel."""
-    mean, std = (torch.tensor(part, device=images.device).view(-1, 1, 1) for part in (mean, std))
+    mean, std = (torch.as_tensor(v, device=images.device).view(-1, 1, 1) for v in (mean, std))
     if images.is_floating_point():
         images = images.clone()
     else:
