@@ -1,264 +1,573 @@
-"""Weights in: files of any known origin tell how to build a model, and are loaded into it.
+"""Weights in: read a file without running anything in it, find what model it is of, and load it.
 
-A file is read and renamed by util/formats.py, checked and recognised by util/recognise.py, fitted to a model by
-util/loading.py. The flags of a job follow what --init_from tells: settle.
+Known are files of this project, mmpretrain, mmsegmentation (MAE with UperNet), timm, DeiT,
+facebookresearch/mae and transformers (ViTMAE, ViT). Parameters get this project's names, which are
+timm's and MAE's; what a config.json tells becomes what this project's checkpoints record.
 """
 
-import argparse
-from dataclasses import dataclass, field, replace
+import json
+import math
+import re
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
 
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import PatchEmbed, resample_abs_pos_embed, to_2tuple
 
-from models_mff import ENCODER, MODELS, MaskedAutoencoderMFF, create_encoder, default_fuse_layers, model_sizes
-from util import variants
+from models_mff import ENCODER, MODELS, MaskedAutoencoderMFF, create_encoder, model_sizes
+from util import distributed
 from util.errors import InputError, as_input_error
-from util.formats import convert_state_dict, read_file
-from util.loading import load
-from util.recognise import DECODER, Weights, check_tensors, find_dims, find_grid, find_records, recognise, without_none
 
-# --- A file -------------------------------------------------------------------------------------------------------
+DECODER = ('decoder_embed_dim', 'decoder_depth', 'decoder_num_heads', 'fuse_layers')
+
+# --- A file ---------------------------------------------------------------------------------------
+
+
+class Inert:
+    """Stands in for an object of any class but torch's: holds nothing, does nothing."""
+
+    def __init__(self, *args): ...
+
+    def __setstate__(self, state): ...
+
+
+CONTAINERS = {'collections.defaultdict': lambda *args: {}, 'collections.deque': lambda *args: []}
+
+
+def read_file(path):
+    """The dict that a .pth or .safetensors file holds, with nothing in it executed.
+
+    torch's restricted unpickler reads; classes that it does not know become Inert. The checksums of
+    a zip file, as torch.save writes it, are compared. Raises InputError.
+    """
+    try:
+        with open(path, 'rb') as file:
+            start = file.read(9)
+        if start[4:] == b'\0\0\0\0{':  # the length of a safetensors header, and the header
+            with safe_open(path, 'pt') as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                metadata = file.metadata() or {}
+            if 'args' not in metadata:
+                return tensors
+            metadata.pop('format')  # exported by this project; the other values are JSON
+            return {'model': tensors} | {key: json.loads(text) for key, text in metadata.items()}
+        inert = []
+        if start[:2] == b'PK':
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f'wrong checksum of {damaged}')
+            for name in torch.serialization.get_unsafe_globals_in_checkpoint(path):
+                inert.append((CONTAINERS.get(name) or type(name, (Inert,), {}), name))
+        with torch.serialization.safe_globals(inert):
+            content = torch.load(path, map_location='cpu', weights_only=True)
+        if not isinstance(content, dict):
+            raise ValueError(f'it holds a {type(content).__name__}')
+        return content
+    except OSError as error:
+        raise InputError(f'{path}: {error.strerror or error}') from None
+    except Exception as error:  # the readers raise many kinds
+        reason = re.sub(r'(?s).*WeightsUnpickler error:\s+', '', str(error)) or repr(error)
+        reason = reason.splitlines()[0].split('. ')[0]  # without torch's advice to trust the file
+        raise InputError(f'{path}: damaged, or not a weights file ({reason})') from None
+
+
+# --- A folder, or a name on the hub ---------------------------------------------------------------
+
+
+def read_with_config(path):
+    """What a file, or a folder of transformers or timm, holds; and the config.json beside it."""
+    path = Path(download(path) if path.startswith('hf-hub:') else path.removeprefix('local-dir:'))
+    folder, paths, content, config = path.parent, [path], {}, {}
+    if path.is_dir():
+        folder, files = path, ('model.safetensors', 'pytorch_model.bin')
+        paths = [folder / f'{file}{end}' for file in files for end in ('', '.index.json')]
+        paths = [path for path in paths if path.exists()][:1]
+        if not paths:
+            raise InputError(f'{folder}: a folder without {" or ".join(files)}; name a file')
+    if paths[0].name.endswith('.index.json'):
+        shards = read_json(paths[0])['weight_map'].values()
+        paths = [folder / shard for shard in sorted(set(shards))]
+    for path in paths:
+        content |= read_file(path)
+    for name in ('preprocessor_config.json', 'config.json'):
+        config |= read_json(folder / name)
+    return content, config
+
+
+def read_json(path):
+    with as_input_error(path):
+        return json.loads(path.read_text('utf-8')) if path.exists() else {}
+
+
+def download(path):
+    """The folder in the hub's cache of hf-hub:ORG/NAME[@REVISION]. Raises InputError."""
+    name, _, revision = path.removeprefix('hf-hub:').partition('@')
+
+    def fetch():
+        try:
+            for weights in ('model*.safetensors', 'pytorch_model*.bin'):
+                patterns = [
+                    'config.json',
+                    'preprocessor_config.json',
+                    weights,
+                    f'{weights}.index.json',
+                ]
+                folder = snapshot_download(name, revision=revision or None, allow_patterns=patterns)
+                if any(Path(folder).glob(weights)):
+                    break
+            return folder
+        except Exception as error:  # of the network, the hub and the cache: many kinds
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f'{path}: not downloaded ({reason})') from None
+
+    distributed.on_first(fetch)
+    return fetch()  # from the cache, where the processes share it
+
+
+KEYS = {  # of transformers' and timm's config.json -> as our checkpoints record it
+    'image_size': 'img_size',
+    'input_size': 'img_size',
+    'num_attention_heads': 'num_heads',
+    'decoder_num_attention_heads': 'decoder_num_heads',
+    'image_mean': 'mean',
+    'image_std': 'std',
+    'label_names': 'classes',
+}
+
+
+def records_of(content, config):
+    """What a checkpoint of this project records, or else a config.json tells, as one flat dict."""
+    args = content.get('args')
+    if isinstance(args, dict) and 'input_size' in args:  # ours; early ones have no 'sizes'
+        usual = MODELS.get(str(args.get('model')).removeprefix('mff_'), {})
+        parts = [usual, args, content, content.get('sizes', {})]
+    else:
+        if config.get('hidden_act', 'gelu') != 'gelu':
+            raise ValueError(f'its activation is {config["hidden_act"]}, not gelu')
+        labels = config.get('id2label') or {}
+        classes = [labels[number] for number in sorted(labels, key=int)]
+        flags = {key: config[key] for key in ('norm_pix_loss', 'mask_ratio') if key in config}
+        inner = [config.get(key, {}) for key in ('pretrained_cfg', 'model_args')]
+        parts = [{'classes': classes, 'args': flags}, config, *inner]
+    unused = ('model', 'optimizer', 'scaler')
+    return {
+        KEYS.get(key, key): tuple(value) if isinstance(value, list) else value
+        for part in parts
+        for key, value in part.items()
+        if value is not None and key not in unused
+    }
+
+
+# --- Names ----------------------------------------------------------------------------------------
+
+RENAMES = [  # in order
+    # mmsegmentation's head -> models_upernet.UperNet's
+    (r'^neck\.upsample_4x\.', 'neck.0.'),
+    (r'^neck\.upsample_2x\.0\.', 'neck.1.'),
+    (r'^decode_head\.psp_modules\.', 'pools.'),
+    (r'^decode_head\.bottleneck\.', 'pool_conv.'),
+    (r'^decode_head\.lateral_convs\.', 'laterals.'),
+    (r'^decode_head\.fpn_convs\.', 'smooth.'),
+    (r'^decode_head\.fpn_bottleneck\.', 'fuse.'),
+    (r'^decode_head\.conv_seg\.', 'classifier.1.'),
+    (r'^auxiliary_head\.convs\.', 'aux_head.'),
+    (r'^auxiliary_head\.conv_seg\.', 'aux_head.2.'),
+    # mmpretrain; MAE's probes; transformers, as on the hub, as version 5 writes it, in memory
+    (r'^neck\.ln1\.', 'decoder_norm.'),
+    (r'^(backbone\.ln1|(vit\.)?layernorm)\.', 'norm.'),
+    (r'^backbone\.ln2\.', 'fc_norm.'),
+    (r'^(head\.0|fc_norm)\.(running|num)_', r'bn.\2_'),
+    (r'^(head\.(fc|layers\.head|1)|classifier)\.(?=weight|bias)', 'head.'),
+    (r'^decoder\.(decoder_layers|decoder_encoder\.layer)\.', 'decoder_blocks.'),
+    (r'^(backbone|neck(?!\.\d)|vit|decoder)\.', ''),
+    (r'^(encoder\.layer|layers)\.', 'blocks.'),
+    (r'^proj_layers\.', 'fuse_projs.'),
+    (r'^proj_weights$', 'fuse_logits'),
+    (r'^embeddings\.', ''),
+    (r'^position_embeddings$', 'pos_embed'),
+    (r'^patch_embed(dings)?\.projection\.', 'patch_embed.proj.'),
+    (r'\.(ln1|layernorm_before)\.', '.norm1.'),
+    (r'\.(ln2|layernorm_after)\.', '.norm2.'),
+    (r'\.attention\.(attention\.)?([qkv])(uery|ey|alue|_proj)\.', r'.attn.\2.'),
+    (r'\.attention\.(output\.dense|o_proj)\.', '.attn.proj.'),
+    (r'\.(ffn\.layers\.0\.0|intermediate\.dense)\.', '.mlp.fc1.'),
+    (r'\.(ffn\.layers\.1|output\.dense)\.', '.mlp.fc2.'),
+    (r'\.conv\.', '.0.'),
+    (r'\.bn\.', '.1.'),
+]
+UNUSED = (
+    r'data_preproc|target_gen|projector|predictor|(vit\.)?(pooler|embeddings\.mask_token)|'
+    r'.*position_index$'
+)
+PATCHES = r'(.*?)(patch_embed\.proj(ection)?|embeddings\.patch_embeddings\.projection)\.weight'
+
+
+def convert_state_dict(state):
+    """{name: tensor} of any known origin with this project's names; query, key and value as one."""
+    segmenter = any(name.startswith('decode_head.') for name in state)
+    renamed = {}
+    for name, tensor in state.items():
+        encoder = 'encoder.' if segmenter and name.startswith('backbone.') else ''
+        if not re.match(UNUSED, name):
+            for pattern, new in RENAMES:
+                name = re.sub(pattern, new, name)
+            renamed[encoder + name] = tensor
+    if isinstance(renamed.get('fuse_logits'), torch.Tensor) and renamed['fuse_logits'].numel() == 1:
+        del renamed['fuse_logits']  # mmpretrain's plain MAE has one, too
+    for name in [name for name in renamed if '.attn.q.' in name]:
+        parts = [renamed.pop(name.replace('.q.', f'.{part}.')) for part in 'qkv']
+        renamed[name.replace('.q.', '.qkv.')] = torch.cat(parts)
+    return split_bias(renamed) if segmenter else renamed
+
+
+def split_bias(state):
+    """The biases of qkv as UperNet's encoder has them. That of keys goes: softmax cancels it."""
+    split = {}
+    for name, bias in state.items():
+        if name.endswith('attn.qkv.bias'):
+            third, name = len(bias) // 3, name.removesuffix('qkv.bias')
+            split |= {f'{name}q_bias': bias[:third], f'{name}v_bias': bias[2 * third :]}
+        else:
+            split[name] = bias
+    return split
+
+
+def open_vit(content, key=None):
+    """(parameters with their names, notes) of the ViT in a checkpoint. key: where, of several."""
+    vits, notes = {}, []
+    for outer, value in {'': content, **content}.items():
+        if isinstance(value, dict):
+            wrappers = r'^((module|_orig_mod)\.)+'  # of DDP and torch.compile
+            state = {re.sub(wrappers, '', str(name)): tensor for name, tensor in value.items()}
+            for match in filter(None, [re.fullmatch(PATCHES, name) for name in state]):
+                vits[f'{outer}.{match[1]}'.strip('.')] = state, match[1]
+    if not vits:
+        raise InputError(
+            f'no ViT is known that holds {", ".join(map(str, list(content)[:3]))}, ...'
+        )
+    for outer in [key] if key else ['state_dict_ema', 'model_ema', 'state_dict', 'model']:
+        inside = {label: vits[label] for label in vits if f'{label}.'.startswith(f'{outer}.')}
+        if inside:
+            notes = [f'its averaged weights, {outer}'] if outer.endswith('_ema') else []
+            vits = inside
+            break
+    if len(vits) > 1:
+        raise InputError(f'holds several ViTs; choose one by FILE:KEY: {", ".join(vits)}')
+    [(state, prefix)] = vits.values()
+    if prefix not in ('', 'backbone.', 'vit.') and 'encoder.blocks.0.attn.q_bias' not in state:
+        state = {name.removeprefix(prefix): state[name] for name in state if prefix in name}
+    return state, notes
 
 
 def read(path):
-    """The Weights of a path.
+    """The weights of any known origin at a path.
+
+    path: a file, FILE:KEY where it holds several ViTs, a folder, or hf-hub:ORG/NAME[@REVISION].
+
+    Returns:
+        {'model': {name: tensor}, 'path', 'notes', 'sizes': what its tensors show or it records},
+        and what else a checkpoint of this project records or a config.json tells: 'mean', 'std',
+        'classes', 'args', 'step' and so on.
 
     Raises:
-        InputError: as read_file, and if it holds no ViT, a distilled DeiT, or tensors that are no weights (of integers,
-            not finite, sparse, of another rank), or if what it records is not possible.
+        InputError: as read_file, or if it does not hold one ViT of finite numbers.
     """
-    content = read_file(path)
-    state = convert_state_dict(content)
-    if 'dist_token' in state or 'head_dist.weight' in state:
-        raise InputError(f'{path}: a distilled DeiT, which has a second class token; use the undistilled weights')
-    is_segmenter = 'classifier.1.weight' in state
-    names = {name.removeprefix('encoder.') if is_segmenter else name for name in state}
-    if not names.issuperset(['patch_embed.proj.weight', 'cls_token', 'pos_embed', 'blocks.0.attn.qkv.weight']):
-        first = ', '.join(list(state)[:3]) or 'nothing'
-        raise InputError(f'{path}: not the weights of a known ViT (it holds {first}, ...)')
-    with as_input_error(path):
-        check_tensors(state)
-        dims, records = find_dims(state), find_records(content)
-        return Weights(path, content, state, recognise(content, state), dims, records)
+    path, (file, _, key) = str(path), str(path).rpartition(':')
+    if not Path(file).is_file():
+        file, key = path, None
+    content, config = read_with_config(file)
+    try:
+        state, notes = open_vit(content, key)
+        state = convert_state_dict(state)
+        state = {name.removeprefix('encoder.'): tensor for name, tensor in state.items()}
+        for name, tensor in state.items():
+            check_tensor(name, tensor)
+        records = records_of(content, config)
+        sizes = {name: records[name] for name in ENCODER + DECODER if name in records}
+        sizes |= shown_sizes(state)
+        sizes['img_size'] = to_2tuple(sizes.get('img_size', 0))[-2:]  # timm's: channels, H, W
+        grid = [side // sizes['patch_size'] for side in sizes['img_size']]
+        if math.prod(grid) != state['pos_embed'].shape[1] - 1:
+            del sizes['img_size']
+    except InputError as error:
+        raise InputError(f'{path}: {error}') from None
+    except Exception as error:  # of tensors that are no ViT's: many kinds
+        raise InputError(f'{path}: not a ViT that is known ({error!r})') from None
+    return {**records, 'sizes': sizes, 'model': state, 'path': path, 'notes': notes}
 
 
-# --- What a model is built with -----------------------------------------------------------------------------------
+def check_tensor(name, tensor):
+    """Raise InputError unless it is dense, of finite floating-point numbers, or a count."""
+    if name.endswith('.num_batches_tracked'):
+        return
+    dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.ndim
+    if not dense or not tensor.is_floating_point() or not tensor.isfinite().all():
+        raise InputError(f'{name} is not a dense tensor of finite floating-point numbers')
 
-FLAGS = {'img_size': 'input_size'}  # the flag of a size, where it has another name
+
+def shown_sizes(state):
+    """The sizes that the shapes of a ViT's parameters show. Raises InputError for a DeiT."""
+    if not state.keys().isdisjoint(['dist_token', 'distillation_token']):
+        raise InputError('a distilled DeiT, which has a second class token')
+    width, in_chans, patch_size, _ = state['patch_embed.proj.weight'].shape
+    if state['pos_embed'].shape[::2] != (1, width):
+        raise InputError(f'pos_embed is {tuple(state["pos_embed"].shape)} at a width of {width}')
+    sizes = {'in_chans': in_chans, 'patch_size': patch_size, 'embed_dim': width}
+    sizes['mlp_ratio'] = len(state['blocks.0.mlp.fc1.weight']) / width
+    if 'blocks.0.attn.relative_position_bias_table' in state:  # of UperNet
+        sizes['num_heads'] = state['blocks.0.attn.relative_position_bias_table'].shape[1]
+    if 'decoder_embed.weight' in state:
+        sizes['decoder_embed_dim'] = len(state['decoder_embed.weight'])
+    for size, blocks in (('depth', 'blocks.'), ('decoder_depth', 'decoder_blocks.')):
+        numbers = {name.split('.')[1] for name in state if name.startswith(blocks)}
+        sizes |= {size: len(numbers)} if numbers else {}
+    return sizes
+
+
+# --- What a job builds ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a model is built with, and what a file tells of the run that made it."""
+    """What a model is built with: by flags, then a file, then --model or what is usual."""
 
     sizes: dict  # as model_sizes gives them
     mean: tuple  # of the pixels, in 0..1, per channel
     std: tuple
-    notes: tuple = ()  # a line for each flag that differs from the checkpoint
-    flags: argparse.Namespace = field(default_factory=argparse.Namespace)  # of that run, if it was one of this project
-    classes: list | None = None  # their names
-    segmenter: dict = field(default_factory=dict)  # the lengths of its head ('channels' and so on), if it is one
-    known: frozenset = frozenset()  # the sizes, 'mean' and 'std' that the file records or shows; others are the usual
-
-    @property
-    def crop_pct(self):
-        """Share of a test image that is seen: that of the run, or the usual."""
-        return getattr(self.flags, 'crop_pct', None) or 0.875
+    classes: list | None = None  # names, of the file
+    crop_pct: float = 0.875  # share of a test image that is seen
+    args: dict = field(default_factory=dict)  # flags of the run that made the file
+    notes: tuple = ()  # lines to print: what differs from the file, and what was assumed
+    global_pool: str | None = None  # what the file's head sees: 'avg' or 'token'
 
 
-def settings_of(weights):
-    """The Settings of a checkpoint of any known origin, as read gives it.
+def settings_of(args, file):
+    """The Settings of a job by its flags (None: not given), and read(args.init_from) or None.
 
-    Widths, depths, patch size and channels are those of its tensors. The rest is what it records, or else the usual:
-    a square image; the heads of the size in MODELS of that width, or one per 64 channels; ImageNet's mean and std for 3
-    channels, 0.5 for others. fuse_layers is None where levels are fused, but it is not known which. In flags,
-    norm_pix_loss is None and mask_ratio 0.75 where the file does not record them.
-
-    Raises:
-        InputError: if what it records contradicts its tensors.
+    Raises InputError where nothing tells the image size, or where mean and std do not fit.
     """
-    dims, records, content = weights.dims, weights.records, weights.content
-    recorded = {key: records[key] for key in ENCODER + DECODER if key in records}
-    shown = shown_sizes(weights)
-    sizes = usual_sizes(weights) | recorded | shown  # tensors win over records, records over what is usual
-    mean, std = (records.get(key, default_statistics(dims['in_chans'])[key]) for key in ('mean', 'std'))
-    if not len(mean) == len(std) == dims['in_chans']:
-        raise InputError(f'{weights.path}: it records mean {mean} and std {std} for {dims["in_chans"]} channels')
-    flags, classes = argparse.Namespace(norm_pix_loss=None, mask_ratio=0.75), None
-    if weights.is_ours:
-        vars(flags).update(without_none(content['args']))
-        classes = content.get('classes')
-    for name, (options, _) in variants.CHOICES.items():
-        if getattr(flags, name, None) not in (None, *options):
-            raise InputError(f'{weights.path}: it records a {name} that is none of {", ".join(options)}')
-    if classes is not None and (not isinstance(classes, list) or not all(isinstance(name, str) for name in classes)):
-        raise InputError(f'{weights.path}: its classes are not a list of names')
-    if classes and len(classes) != dims.get('classes', len(classes)):
-        raise InputError(f'{weights.path}: its head has {dims["classes"]} classes, but it names {len(classes)}')
-    known = records.keys() | shown.keys()
-    if fused(weights):
-        known = known | {'fuse_layers'}
-    segmenter = dims if weights.is_segmenter else {}
-    return Settings(sizes, mean, std, flags=flags, classes=classes, segmenter=segmenter, known=frozenset(known))
-
-
-def fused(weights):
-    return any(name.startswith('fuse_') for name in weights.state)
-
-
-def shown_sizes(weights):
-    """The sizes that the shapes of a file's tensors show."""
-    dims = weights.dims
-    names = ENCODER + (DECODER if 'decoder_embed_dim' in dims else ())
-    sizes = {name: dims[name] for name in names if name in dims}
-    sizes['img_size'] = tuple(side * dims['patch_size'] for side in find_grid(weights))
-    if 'mlp_dim' in dims:
-        sizes['mlp_ratio'] = dims['mlp_dim'] / dims['embed_dim']
-    return sizes
-
-
-def usual_sizes(weights):
-    """Those of the size in MODELS that has the file's width, or else the base model's."""
-    width, depth, decoder = (weights.dims.get(key) for key in ('embed_dim', 'depth', 'decoder_embed_dim'))
-    sizes = MODELS['vit_base_patch16'] | {'num_heads': max(1, width // 64)}
-    sizes = next((model for model in MODELS.values() if model['embed_dim'] == width), sizes)
-    choices = fuse_layer_choices(width, depth)
-    if fused(weights):
-        choices = [layers for layers in choices if len(layers) == weights.dims.get('fused')] or [None]
-    elif decoder:
-        choices = [(depth - 1,)]  # MAE
-    sizes = sizes | {'fuse_layers': choices[0]}
-    if decoder:
-        heads = {model['decoder_embed_dim']: model['decoder_num_heads'] for model in MODELS.values()}
-        sizes['decoder_num_heads'] = heads.get(decoder, max(1, decoder // 32))
-    return sizes
-
-
-def fuse_layer_choices(width, depth):
-    """Usual choices of the fused blocks of a ViT, the best first."""
-    same = [sizes['fuse_layers'] for sizes in MODELS.values() if (sizes['embed_dim'], sizes['depth']) == (width, depth)]
-    return [*same, default_fuse_layers(depth)]
-
-
-def default_statistics(in_chans):
-    if in_chans == 3:
-        return {'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD}
-    return {'mean': (0.5,) * in_chans, 'std': (0.5,) * in_chans}
-
-
-def settle(args):
-    """What a job builds: its flags, else what --init_from tells, else the size of --model, by default vit_base_patch16.
-
-    args: flags of a job (add_model_arguments and --init_from), None where not given; unchanged. --model sets all sizes
-    but image size and channels, unless the file records a model of the same name.
-
-    Returns:
-        Settings, whose notes name each flag that differs from the checkpoint.
-
-    Raises:
-        InputError: as read and settings_of. Whether the sizes fit together, the model checks.
-    """
-    file = settings_of(read(args.init_from)) if args.init_from else None
-    given = without_none({key: getattr(args, FLAGS.get(key, key), None) for key in ENCODER + DECODER})
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-    base = base_sizes(args.model, file)
-    sizes = base | given
-    if sizes['depth'] != base['depth'] and 'fuse_layers' not in given:
-        sizes['fuse_layers'] = default_fuse_layers(sizes['depth'])
-    pretraining = hasattr(args, 'fuse_layers')
-    if pretraining and sizes['fuse_layers'] is None:
-        raise InputError(f'{args.init_from}: it does not record which blocks it fuses; give them by --fuse_layers')
-    statistics = default_statistics(sizes['in_chans'])
-    if file and file.sizes['in_chans'] == sizes['in_chans']:
-        statistics = {'mean': file.mean, 'std': file.std}
-    for key in ('mean', 'std'):
-        value = getattr(args, key, None)
-        if value is not None and len(value) != sizes['in_chans']:
-            raise InputError(f'--{key} has {len(value)} numbers, but the images have {sizes["in_chans"]} channels')
-        statistics[key] = tuple(value or statistics[key])
-    if not file:
-        return Settings(sizes, **statistics)
-    before, now = file.sizes | {'mean': file.mean, 'std': file.std}, sizes | statistics
-    notes = [
-        f'{FLAGS.get(key, key)} {show(now[key])}, where the checkpoint has {show(before[key])}'
-        for key in before
-        if key in file.known and now[key] != before[key] and (pretraining or key not in DECODER)
-    ]
-    if not args.model and 'num_heads' not in file.known | given.keys():
-        notes.append(f'num_heads {sizes["num_heads"]} is assumed, as the file does not tell')
-    return replace(file, sizes=sizes, notes=tuple(notes), **statistics)
-
-
-def base_sizes(model, file):
-    """Sizes before the flags of single ones. model: --model or None; file: Settings of the checkpoint or None."""
+    flags = {name: name if name != 'img_size' else 'input_size' for name in ENCODER + DECODER}
+    given = {name: getattr(args, flag, None) for name, flag in flags.items()}
+    model = getattr(args, 'model', None)
     with as_input_error():
-        sizes = model_sizes(model or 'vit_base_patch16')
-    if not file:
-        return sizes
-    same_name = model and model.removeprefix('mff_') == str(getattr(file.flags, 'model', '')).removeprefix('mff_')
-    if not model or same_name:
-        sizes = dict(file.sizes)
-        if 'fuse_layers' not in file.known:  # of another project, without fusion: pre-training starts to fuse
-            sizes['fuse_layers'] = fuse_layer_choices(sizes['embed_dim'], sizes['depth'])[0]
-        return sizes
-    return sizes | {key: file.sizes[key] for key in ('img_size', 'in_chans')}
+        named = model_sizes(model or 'vit_base_patch16', **given)
+    file = file or {}
+    told, state, notes = file.get('sizes', {}), file.get('model', {}), [*file.get('notes', ())]
+    sizes = sizes_of(file, **given) if file else named
+    if model and any(named[name] != sizes[name] for name in ('embed_dim', 'depth')):
+        notes.append(f'the sizes are those of the file, not of {model}')
+    for name in told:
+        if sizes[name] != told[name]:
+            notes.append(f'{flags[name]} {sizes[name]}, where the file has {told[name]}')
+    if file and 'num_heads' not in told and not given['num_heads']:
+        notes.append(f'num_heads {sizes["num_heads"]} assumed')
+
+    in_chans = sizes['in_chans']
+    usual = {'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD}
+    if in_chans != 3:
+        usual = dict.fromkeys(usual, (0.5,) * in_chans)
+    theirs = file if told.get('in_chans') == in_chans else {}
+    statistics = {
+        key: tuple(getattr(args, key, None) or theirs.get(key) or usual[key]) for key in usual
+    }
+    if any(len(values) != in_chans for values in statistics.values()):
+        raise InputError(f'{statistics} is not of {in_chans} channels')
+    if file and statistics == usual and 'mean' not in theirs:
+        whose = "ImageNet's mean and std" if in_chans == 3 else 'mean and std 0.5'
+        notes.append(f'{whose} assumed')
+
+    head = state.get('head.weight', state.get('classifier.1.weight', ()))
+    classes = list(file.get('classes', ()))
+    pool = 'avg' if 'fc_norm.weight' in state else None
+    return Settings(
+        sizes,
+        **statistics,
+        classes=classes if classes and len(classes) == len(head) else None,
+        crop_pct=getattr(args, 'crop_pct', None) or file.get('crop_pct') or 0.875,
+        args=file.get('args', {}),
+        notes=tuple(notes),
+        global_pool=(file.get('global_pool') or pool or 'token') if len(head) else pool,
+    )
 
 
-def show(value):
-    return ' '.join(map(str, value)) if isinstance(value, tuple) else value
+def sizes_of(file, **changes):
+    """The arguments of MaskedAutoencoderMFF: changes (None: none), what a file tells, the usual.
+
+    fuse_layers is () where it is not known which are fused. Raises InputError where the image size
+    is not known.
+    """
+    told, state = dict(file['sizes']), file['model']
+    if changes.get('depth') not in (None, told['depth']):
+        told.pop('fuse_layers', None)
+    changes = told | {name: value for name, value in changes.items() if value is not None}
+    usual = {sizes['embed_dim']: name for name, sizes in MODELS.items()}
+    usual = usual.get(told['embed_dim'], 'vit_base_patch16')
+    if told['embed_dim'] != MODELS[usual]['embed_dim']:
+        changes.setdefault('num_heads', max(1, told['embed_dim'] // 64))
+    if told.get('decoder_embed_dim') not in (None, MODELS[usual]['decoder_embed_dim']):
+        changes.setdefault('decoder_num_heads', max(1, told['decoder_embed_dim'] // 32))
+    side = math.isqrt(state['pos_embed'].shape[1] - 1)
+    if 'img_size' not in changes:
+        if side**2 != state['pos_embed'].shape[1] - 1:
+            raise InputError(f'{file["path"]}: its patches make no square; give --input_size H W')
+        changes['img_size'] = side * told['patch_size']
+    sizes = model_sizes(usual, **changes)
+    fused = len(state.get('fuse_logits', sizes['fuse_layers']))
+    if 'fuse_layers' not in changes and fused != len(sizes['fuse_layers']):
+        sizes['fuse_layers'] = ()
+    return sizes
 
 
-# --- Into a model -------------------------------------------------------------------------------------------------
+# --- Into a model ---------------------------------------------------------------------------------
+
+PARTS = {  # which a file or a model may lack as a whole; all other names are the encoder's
+    'relative positions, layer scales': r'blocks.*(relative_position_bias_table|gamma_[12])$',
+    'decoder_pred': r'decoder_pred\.',
+    'decoder': r'decoder_|mask_token$',
+    'fusion': r'fuse_',
+    'norm': r'norm\.',
+    'fc_norm': r'fc_norm\.',
+    'bn': r'bn\.',
+    'head': r'head\.',
+    'pyramid': r'(neck|pools|pool_conv|laterals|smooth|fuse|aux_head\.0)\.',
+    'classifier': r'(classifier|aux_head)\.',
+}
+HEADS = {'head': 'head.weight', 'classifier': 'classifier.1.weight'}
 
 
-def load_weights(model, path, complete=False):
-    """Load a file of any known origin into a MaskedAutoencoderMFF, timm's VisionTransformer, or an UperNet.
+def part_of(name):
+    return next((part for part, pattern in PARTS.items() if re.match(pattern, name)), 'encoder')
 
-    Position embeddings are resampled to the model's grid, the patch embedding is adapted to its channels. What the
-    model lacks (decoder, fusion, another head) is left out; what the file lacks of decoder, fusion, fc_norm, head and
-    the parts of UperNet stays as the model initialised it. A head is taken only behind the normalisation that it was
-    trained on.
+
+def load(model, file, complete=False, classes=None):
+    """Load read(path) into a MaskedAutoencoderMFF, timm VisionTransformer, LinearProbe or UperNet.
+
+    Position embeddings are resampled to the model's grid, the patch embedding is adapted to its
+    channels. A part that only one of both has is left out, or stays as the model was initialised; a
+    head is taken for the same classes, behind the norm that it was trained on.
 
     Args:
-        complete: refuse a file that leaves anything of the model freshly initialised, as for evaluation.
+        complete: refuse a file without some part of the model, and take its eps of LayerNorm.
+        classes: names of the model's classes.
 
     Returns:
-        One line: what was read, left out, freshly initialised, resampled and adapted.
+        One line to print: what is left out, fresh, resampled or adapted.
 
     Raises:
-        InputError: as read, and if anything else is missing, too much, or of another shape.
+        InputError: naming a parameter that is missing, too much or of another shape.
     """
-    return load(model, read(path), complete)
+    actual = {re.sub(r'^(backbone|encoder)\.', '', name): name for name in model.state_dict()}
+    wanted = {name: model.state_dict()[actual[name]] for name in actual}
+    path, (taken, notes) = file['path'], fit(model, file)
+    if 'blocks.0.attn.q_bias' in wanted:
+        taken = split_bias(taken)
+    elif 'blocks.0.attn.q_bias' in taken:
+        raise InputError(f'{path}: a segmenter, which only main_segment.py takes')
+
+    ours, theirs = ({part_of(name) for name in state} for state in (wanted, taken))
+    shared = ours & theirs
+    same_head = all((norm in ours) == (norm in theirs) for norm in ('fc_norm', 'bn'))
+    if classes and file.get('classes') and list(classes) != list(file['classes']):
+        same_head = notes.append('its classes have other names')
+    for part in shared & HEADS.keys():
+        if not same_head or len(wanted[HEADS[part]]) != len(taken.get(HEADS[part], ())):
+            shared.remove(part)
+    if wanted['patch_embed.proj.weight'].shape[1] != file['sizes']['in_chans']:
+        shared.discard('decoder_pred')  # of other pixels
+    if 'norm' in ours - shared and not ('fc_norm' in theirs and 'decoder' in ours):
+        raise InputError(f'{path}: lacks norm.weight, as if trained on the mean of the patches')
+    left_out, fresh = ([p for p in PARTS if p in parts - shared] for parts in (theirs, ours))
+    if complete and fresh:
+        raise InputError(f'{path}: lacks {", ".join(fresh)} of this model')
+
+    taken = {name: taken[name] for name in taken if part_of(name) in shared}
+    shapes = [
+        {name: tuple(state[name].shape) for name in state if part_of(name) in shared}
+        for state in (taken, wanted)
+    ]
+    odd = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
+    if odd:
+        there, here = (shape.get(odd[0], 'missing') for shape in shapes)
+        raise InputError(f'{path}: {odd[0]} is {there} there, {here} here; {len(odd)} differ')
+    model.load_state_dict({actual[name]: taken[name] for name in taken}, strict=False)
+
+    eps = file.get('layer_norm_eps', 1e-6)
+    if eps != 1e-6:
+        notes.append(
+            f'eps of LayerNorm is {eps:g} in the file' + ('' if complete else ', 1e-06 here')
+        )
+    for module in model.modules() if complete else ():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = eps
+    parts = {'left out': left_out, 'fresh': fresh}
+    lines = [f'{text}: {", ".join(parts[text])}' for text in parts if parts[text]]
+    return '; '.join([path, *lines, *notes])
+
+
+def fit(model, file):
+    """(state, notes): a file's parameters at the grid and channels of a model."""
+    state, notes, sizes = dict(file['model']), [], file['sizes']
+    if 'blocks.0.attn.q_bias' in state:  # a segmenter, whose relative positions fix its grid
+        return state, notes
+    patch_embed = next(module for module in model.modules() if isinstance(module, PatchEmbed))
+    count, new = state['pos_embed'].shape[1] - 1, tuple(patch_embed.grid_size)
+    square = (math.isqrt(count),) * 2
+    old = new if math.prod(new) == count else square
+    if 'img_size' in sizes:
+        old = tuple(side // sizes['patch_size'] for side in sizes['img_size'])
+    elif old != square:
+        notes.append(f'its {count} positions taken as {old[0]} x {old[1]}')
+    if math.prod(old) != count:
+        raise InputError(f'{file["path"]}: its {count} positions are of an unknown rectangle')
+    if old != new:
+        for name in {'pos_embed', 'decoder_pos_embed'} & state.keys():
+            state[name] = resample_abs_pos_embed(state[name], new, old, antialias=False)  # as MAE
+        notes.append(f'positions resampled from {old[0]} x {old[1]} to {new[0]} x {new[1]}')
+    theirs, ours = sizes['in_chans'], patch_embed.proj.in_channels
+    if theirs != ours:  # as timm does: the sum for one channel, else repeated and scaled
+        weight = state['patch_embed.proj.weight']
+        repeated = weight.repeat(1, math.ceil(ours / theirs), 1, 1)[:, :ours] * (theirs / ours)
+        adapted = weight.sum(1, keepdim=True) if ours == 1 else repeated
+        state['patch_embed.proj.weight'] = adapted
+        notes.append(f'patch embedding adapted from {theirs} to {ours} channels')
+    return state, notes
 
 
 def load_model(path):
-    """(MaskedAutoencoderMFF in eval mode, Settings) of a pre-training checkpoint of any known origin.
+    """(MaskedAutoencoderMFF in eval mode, its Settings) of pre-trained weights with a decoder.
 
-    Files that do not record how their pixels were predicted count as standardised in each patch; flags keep the None.
-    Raises InputError as read, settings_of and load_weights do, and if the file has no decoder.
+    Without a record, pixels count as standardised in each patch, and a file without fusion as MAE.
     """
-    weights = read(path)
-    settings = settings_of(weights)
-    if settings.sizes['fuse_layers'] is None:
-        raise InputError(f'{path}: {weights.origin}; it does not record which blocks it fuses')
-    with as_input_error():
-        model = variants.create_model(settings.flags, settings)
-    load(model, weights, complete=True)
+    file = read(path)
+    if not any(name.startswith('fuse_') for name in file['model']):
+        file['sizes'].setdefault('fuse_layers', (file['sizes']['depth'] - 1,))
+    settings = settings_of(None, file)
+    with as_input_error(path):
+        norm_pix_loss = settings.args.get('norm_pix_loss') is not False
+        model = MaskedAutoencoderMFF(**settings.sizes, norm_pix_loss=norm_pix_loss)
+    load(model, file, complete=True)
     return model.eval(), settings
 
 
 def load_encoder(path):
-    """(timm's VisionTransformer without a head in eval mode, Settings) of a checkpoint of any known origin."""
-    weights = read(path)
-    settings = settings_of(weights)
-    with as_input_error():
-        model = create_encoder(settings.sizes, global_pool='avg' if 'fc_norm.weight' in weights.state else 'token')
-    load(model, weights, complete=True)
+    """(timm's VisionTransformer without a head in eval mode, its Settings) of any weights."""
+    file = read(path)
+    settings = settings_of(None, file)
+    with as_input_error(path):
+        pool = 'avg' if 'fc_norm.weight' in file['model'] else 'token'
+        model = create_encoder(settings.sizes, pool)
+    load(model, file, complete=True)
     return model.eval(), settings
 
 
 def random_encoder(sizes):
-    """create_encoder(sizes, 'token') with weights as pre-training starts from, not timm's. Raises ValueError."""
+    """create_encoder(sizes, 'token') with weights as pre-training starts from, not timm's."""
     start = MaskedAutoencoderMFF(**sizes | {'fuse_layers': [sizes['depth'] - 1]}).state_dict()
-    encoder = create_encoder(sizes, global_pool='token')
+    encoder = create_encoder(sizes, 'token')
     encoder.load_state_dict({name: start[name] for name in encoder.state_dict()})
     return encoder.eval()
