@@ -1,8 +1,12 @@
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -157,22 +161,73 @@ def our_names(values, state):
 
 def command(*arguments, torchrun=0, timeout=300, **environment):
     """Run a script as a user does, one process or under torchrun; CompletedProcess with text."""
-    process = start(*arguments, torchrun=torchrun, stderr=subprocess.PIPE, **environment)
-    try:
-        stdout, stderr = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-
-def start(*arguments, torchrun=0, stderr=None, **environment):
-    """As command, but it returns the running process."""
     launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={torchrun}']
-    return subprocess.Popen(
+    return subprocess.run(
         [sys.executable, *(launcher if torchrun else []), *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), **environment},
-        stdout=subprocess.PIPE,
-        stderr=stderr,
+        capture_output=True,
         text=True,
+        timeout=timeout,
     )
+
+
+class Processes:
+    """A job in forks of this process, which has everything imported: a start takes no time.
+
+    Args:
+        job: a module with main and get_parser.
+        arguments: of each process, a list per rank.
+        before: called with the rank in each process, to patch what it likes.
+    """
+
+    def __init__(self, job, *arguments, before=None, **environment):
+        count, fork = len(arguments), multiprocessing.get_context('fork')
+        with socket.socket() as sock:
+            sock.bind(('127.0.0.1', 0))
+            port = str(sock.getsockname()[1])
+        if count > 1:
+            meet = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'WORLD_SIZE': str(count)}
+            environment = meet | environment
+        self.files = [tempfile.TemporaryFile('w+') for _ in range(2 * count)]
+        self.jobs = []
+        for rank, flags in enumerate(arguments):
+            ranks = {'RANK': str(rank), 'LOCAL_RANK': str(rank)} if count > 1 else {}
+            task = (job, flags, rank, before, ranks | environment)
+            self.jobs.append(fork.Process(target=self.run, args=task))
+            self.jobs[-1].start()
+
+    def run(self, job, flags, rank, before, environment):
+        os.setpgid(0, 0)
+        for number, file in enumerate(self.files[2 * rank : 2 * rank + 2], 1):
+            os.dup2(file.fileno(), number)
+        sys.stdout, sys.stderr = (os.fdopen(number, 'w') for number in (1, 2))
+        os.environ.update(environment)
+        if before:
+            before(rank)
+        run_job(job.main, job.get_parser(), flags)
+
+    def send(self, signal_number, *ranks):
+        for rank in ranks or range(len(self.jobs)):
+            os.kill(self.jobs[rank].pid, signal_number)
+
+    def wait(self, timeout=100):
+        """The exit codes, -N for a signal N."""
+        for job in self.jobs:
+            job.join(timeout)
+            if job.exitcode is None:
+                job.kill()
+                job.join()
+        return [job.exitcode for job in self.jobs]
+
+    def printed(self, rank=0, errors=False):
+        file = self.files[2 * rank + errors]
+        file.seek(0)
+        return file.read()
+
+
+def wait_for(condition, seconds=60):
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds
+        time.sleep(0.01)
