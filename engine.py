@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import sys
 from functools import partial
 
 import torch
@@ -184,7 +185,8 @@ def evaluation_batches(loader, run=None):
     bad = sum(distributed.gather(loader.num_bad))
     loader.check_bad(bad)
     if bad and distributed.world()[0] == 0:
-        print(f'{bad} of {len(loader.samples)} images cannot be read, and are left out', flush=True)
+        left_out = f'{bad} of {len(loader.samples)} images cannot be read, and are left out'
+        print(left_out, file=sys.stderr, flush=True)
 
 
 @torch.no_grad()

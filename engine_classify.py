@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import sys
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from timm.utils import accuracy
 
 import engine
 from models_mff import create_encoder
-from util import data, distributed, sources, transforms, weights
+from util import data, distributed, files, sources, transforms, weights
 from util.errors import InputError, as_input_error
 
 
@@ -148,7 +149,7 @@ def load_classifier(args, device):
         model.reset_classifier(len(head))
     lines = [weights.load(model, file, complete=True), *settings.notes]
     if distributed.world()[0] == 0:
-        print('\n'.join(lines))
+        print('\n'.join(lines), file=sys.stderr)  # predictions go to stdout
     return model.to(device).eval(), settings
 
 
@@ -230,15 +231,19 @@ def open_given(args, settings):
     if args.split:
         args.data_path, args.val_share = args.predict[0], settings.args.get('val_share', 0.0)
         return sources.open_sources(args, settings.sizes)[args.split == 'val']
-    paths = sources.image_paths(args.predict)
-    options = settings.sizes['in_chans'], tuple(args.background), args.max_value
+    paths = files.image_paths(args.predict)
+    options = {
+        'in_chans': settings.sizes['in_chans'],
+        'background': tuple(args.background),
+        'max_value': args.max_value,
+    }
     numbers = {name: number for number, name in enumerate(settings.classes)}
     labels = [numbers.get(os.path.basename(os.path.dirname(path)), -1) for path in paths]
     return sources.Images(
         options,
         '',
         [os.fsencode(path) for path in paths],
-        sources.read_file,
+        files.read_file,
         classes=settings.classes,
         labels=np.array(labels),
     )

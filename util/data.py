@@ -175,7 +175,7 @@ class Loader:
         for problem in filter(None, problems):
             self.num_bad += 1
             if problem not in self.reported:
-                print(f'unreadable: {problem}', flush=True)
+                print(f'unreadable: {problem}', file=sys.stderr, flush=True)
                 self.reported.add(problem)
 
     def check_bad(self, count):
