@@ -1,246 +1,279 @@
 """Train a pre-trained encoder for semantic segmentation, evaluate a segmenter, or segment images.
 
-    python main_segment.py @recipes/vit_base_segment.txt --data_path ADEChallengeData2016 --init_from CHECKPOINT
+    python main_segment.py @recipes/vit_base_segment.txt --data_path ADEChallengeData2016 \\
+        --init_from CHECKPOINT
     python main_segment.py --eval --data_path ADEChallengeData2016 --init_from CHECKPOINT
     python main_segment.py --predict IMAGE ... --init_from CHECKPOINT
 
-The model is UperNet (models_upernet.py); --data_path holds images/ and masks/ (docs/segmentation.md). Resuming,
-processes and recipes are as in main_pretrain.py.
+The model is UperNet (models_upernet.py); --data_path holds images/ and masks/
+(docs/segmentation.md). Resuming, processes and recipes are as in main_pretrain.py.
 """
 
 import argparse
 import dataclasses
 import os
-import shlex
+import sys
+from functools import partial
+from itertools import zip_longest
 
 import torch
-from PIL import Image
 
 import engine
-from models_mff import MODELS
+from models_mff import ENCODER, MODELS
 from models_upernet import UperNet, default_levels
-from util import checkpoint, distributed, folders, masks, mix, optim, segmentation, transforms, visualize, weights
-from util.args import ArgumentParser, ImageSize, add_common_arguments, add_model_arguments, number, run_job
+from util import args as flags
+from util import data, distributed, optim, segmentation, sources, transforms, weights
 from util.errors import InputError, as_input_error
+from util.images import read_image
 
 
 def get_parser():
-    parser = ArgumentParser(__doc__, usage='%(prog)s [@RECIPE] [--FLAG VALUE ...]')
-    add_common_arguments(parser, betas=[0.9, 0.999])
-    add_model_arguments(parser, MODELS)
+    parser = flags.ArgumentParser(__doc__)
+    flags.add_common_arguments(parser, betas=[0.9, 0.999])
+    flags.add_model_arguments(parser, MODELS)
     parser.set_defaults(blr=1.6e-3, epochs=100)  # 1e-4 at a total batch of 16
-    count = number(int, 1)
+    number, boolean = flags.number, argparse.BooleanOptionalAction
+    count, real = number(int, 1), number(float, 0)
     add = parser.add_argument_group('segmentation').add_argument
-    add('--levels', type=number(int, 0), nargs=4, help='blocks whose outputs are used (default: 3 5 7 11 of 12)')
+    add('--levels', type=number(int, 0), nargs=4, help='blocks that are used (3 5 7 11 of 12)')
     add('--channels', type=count, help='width of the head (default: that of the encoder)')
-    add('--aux_channels', type=count, help='width of the auxiliary head (default: 256, at most --channels)')
-    add('--scale', type=count, nargs=2, metavar=('LONG', 'SHORT'), help='of images (default: 4 and 1 times the crop)')
-    add('--scale_range', type=number(float, 0.1, 10), nargs=2, default=[0.5, 2.0], help='random factors of --scale')
+    add('--aux_channels', type=count, help='of the auxiliary head (256, at most --channels)')
+    add('--scale', type=count, nargs=2, help='LONG SHORT, of images (4 and 1 times the crop)')
+    add('--scale_range', type=real, nargs=2, default=[0.5, 2.0], help='random factors of --scale')
     add('--num_classes', type=number(int, 2, 255), help='where no classes.txt names the classes')
-    zero = 'ignore 0 in masks; 1 is the first class (default: for ADE20K)'
-    add('--reduce_zero_label', action=argparse.BooleanOptionalAction, help=zero)
-    add('--ignore_label', type=number(int, 0, 255), help='number in masks to ignore (default: 255)')
+    add('--reduce_zero_label', action=boolean, help='ignore 0 in masks; classes count from 1')
+    add('--ignore_label', type=number(int, 0, 255), help='in masks, to ignore (default: 255)')
     add('--total_steps', type=count, help='length of the training, instead of --epochs')
     add('--warmup_steps', type=number(int, 0), help='instead of --warmup_epochs')
-    add('--layer_decay', type=number(float, 0, 1), default=0.65, help='rate of a block divided by that of the next')
-    add('--drop_path', type=number(float, 0, 0.99), default=0.1, help='stochastic depth: rate of the last block')
-    add('--classifier_std', type=number(float, 0), default=0.01, help="of the classifiers' first weights")
-    add('--grad_checkpointing', action='store_true', help='less memory: activations are computed twice')
+    decay = 'rate of a block over that of the next'
+    add('--layer_decay', type=number(float, 0, 1), default=0.65, help=decay)
+    add('--drop_path', type=number(float, 0, 0.99), default=0.1, help='rate at the last block')
+    add('--classifier_std', type=real, default=0.01, help="of the classifiers' first weights")
+    add('--grad_checkpointing', action=boolean, default=False, help='less memory, more time')
     add = parser.add_argument_group('evaluation and prediction').add_argument
     add('--eval', action='store_true', help='only evaluate the segmenter of --init_from')
-    add('--predict', nargs='+', metavar='PATH', help='only segment images and folders with --init_from')
-    add('--stride', action=ImageSize, type=count, nargs='+', help='of the sliding window (default: 2/3 of the crop)')
-    add('--scales', type=number(float, 0.1), nargs='+', default=[1.0], help='average over these multiples of --scale')
+    add('--predict', nargs='+', metavar='PATH', help='only segment images, by --init_from')
+    add('--stride', action=flags.ImageSize, type=count, nargs='+', help='of windows (2/3 crop)')
+    add('--scales', type=number(float, 0.1), nargs='+', default=[1.0], help='to average over')
     add('--flip', action='store_true', help='average with the mirrored image')
     return parser
 
 
 def main(args):
-    if args.predict:
-        return predict(args)
-
-    # --- Model and data -------------------------------------------------------------------------------------------
+    # --- Data, model ------------------------------------------------------------------------------
+    device = distributed.start(args.device)
     torch.manual_seed(args.seed)
-    settings, labels, window = settle(args)
-    train_source, val_source = masks.open_pairs(args, settings.sizes, labels, only_val=args.eval)
+    file = weights.read(args.init_from) if args.init_from else None
+    settings, options, segment = settle(args, file)
+    sizes = settings.sizes
+    if args.predict:
+        return predict(args, device, file, settings, segment)
+    pairs = partial(segmentation.open_pairs, args=options, sizes=sizes, classes=settings.classes)
+    train_source, val_source = sources.open_sources(args, sizes, only_val=args.eval, opener=pairs)
+    if val_source is None:
+        raise InputError(f'{args.data_path}: no images/val; give --val_path, or --val_share 0.1')
     classes = val_source.classes
-    with as_input_error():
-        heads = {'num_classes': len(classes), 'classifier_std': args.classifier_std}
-        model = UperNet(**settings.sizes, **heads, drop_path=args.drop_path)
-    model.encoder.set_grad_checkpointing(args.grad_checkpointing)
-    origin = engine.initial_weights(args, model, settings, complete=args.eval)
-    val_samples = segmentation.PairSamples(val_source, transform=None)
+    val_set = segmentation.PairSamples(val_source, transform=None)
+    val_loader = engine.evaluation_loader(args, device, val_set, settings, 1)  # any size
     if args.eval:
-        return report(args, model, val_samples, settings, window, origin)
-    augment = transforms.SegmentationTransform(window.size, window.scale, args.scale_range)
-    samples = segmentation.PairSamples(train_source, augment, seed=args.seed)
-    drop_path = mix.PlacedDropPath(model, args.seed)
+        return report(args, device, file, settings, segment, val_loader)
+    check_classes(train_source.classes, 'the training images', classes)
+    model, origin = build(args, device, file, settings, classes)
+    crop = {'size': sizes['img_size'], 'scale': options.scale, 'ratios': args.scale_range}
+    augment = partial(segmentation.transform_pair, **crop)
+    train_set = segmentation.PairSamples(train_source, augment, seed=args.seed)
 
-    # --- Run: output folder, checkpoint to resume, processes, device ----------------------------------------------
-    schedule = make_schedule(args, len(train_source))
-    if distributed.choose_device(args.device).startswith('cuda'):
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # over the total batch, on any number of GPUs
-    run = engine.start_run(args, schedule, model, settings, classes)
-    model.to(run.device)
-    loader = engine.training_loader(run, samples, settings)
-    val_loader = engine.evaluation_loader(args, run.device, val_samples, settings, 1, args.output_dir)  # any size
-    optimizer = optim.create_adamw(args, optim.param_groups(model, args.weight_decay, args.layer_decay), run)
+    # --- Optimiser, and the checkpoint to resume --------------------------------------------------
+    schedule = make_schedule(args, len(train_source), device)
+    groups = optim.param_groups(model, args.weight_decay, args.layer_decay)
+    optimizer = optim.create_adamw(args, groups, schedule.lr, device)
+    run = engine.Run(args, schedule, settings, model, optimizer, device, classes, True)
+    run.log.say(
+        f'{len(classes)} classes: {sources.shorten(classes)}; {len(train_source)} training and '
+        f'{len(val_source)} validation images\nblocks {sizes["levels"]}; {origin}'
+    )
+    keys = data.BatchStream(schedule, args.seed, run.step)
+    loader = data.Loader(train_set, keys, device, settings, args.num_workers)
 
-    # --- Train ----------------------------------------------------------------------------------------------------
-    def loss_fn(network, batch, place):
-        imgs, targets = segmentation.fill_padding(*batch)
-        drop_path.draw(len(imgs), place, run.device)
+    # --- Train ------------------------------------------------------------------------------------
+    def loss_fn(network, imgs, masks):
+        imgs, masks = segmentation.fill_padding(imgs, masks)
         with run.autocast():
             logits, aux_logits = network(imgs, resize=False)
-        return segmentation.segmentation_loss(logits.float(), aux_logits.float(), targets)
+        return segmentation.segmentation_loss(logits.float(), aux_logits.float(), masks)
 
-    def draw():
-        rows = []
-        for index in range(0, len(val_source), -(-len(val_source) // 6)):
-            image, mask, _ = val_samples[0, index]
-            predicted = segmentation.segment_image(model, image, settings, window, run.device, run.autocast)
-            rows.append((image, mask, predicted))
-        return {'segmentation': visualize.segmentation_figure(rows, classes)}
-
-    def evaluate():
-        return segmentation.evaluate(model, val_loader, window, classes, run.autocast)
-
-    events = engine.Events(evaluate=evaluate, best='val_miou', draw=draw)
-    title = f'Segmentation into {len(classes)} classes, from blocks {list(settings.sizes["levels"])}; {origin}'
-    if run.world_size > 1 and run.device.type != 'cuda':
-        title += f'\nBatchNorm averages over the {schedule.batch_size} images of each process alone; only GPUs share it'
-    engine.train(run, model, optimizer, loss_fn, loader, events, title)
-    if run.rank == 0:
-        best = shlex.quote(f'{args.output_dir}/{checkpoint.BEST}')
-        print(
-            f'Best mIoU {run.record["best_miou"]:.2f} %. In {args.output_dir}: {checkpoint.LAST}, {checkpoint.BEST}, '
-            f'segmentation.png, log.jsonl, TensorBoard events\n'
-            f'  each class:  python main_segment.py --eval {engine.data_flags(args)} --init_from {best}\n'
-            f'  an image:    python main_segment.py --predict IMAGE --init_from {best}'
-        )
-
-
-def settle(args):
-    """(Settings with the sizes of UperNet, Labels, Window): from flags, else the segmenter of --init_from, else usual.
-
-    Raises:
-        InputError: as weights.settle, or if --scale leaves images smaller than a crop.
-    """
-    settings = weights.settle(args)
-    dims = settings.segmenter
-    flags = settings.flags if dims else argparse.Namespace()
-
-    def choose(name, usual):
-        values = (getattr(args, name), getattr(flags, name, None), usual)
-        return next((value for value in values if value is not None), None)
-
-    sizes = {name: settings.sizes[name] for name in weights.ENCODER}
-    sizes['channels'] = args.channels or dims.get('channels', sizes['embed_dim'])
-    sizes['aux_channels'] = args.aux_channels or dims.get('aux_channels', min(256, sizes['channels']))
-    sizes['levels'] = tuple(choose('levels', default_levels(sizes['depth'])))
-    settings = dataclasses.replace(settings, sizes=sizes, classes=settings.classes if dims else None)
-    classes = settings.classes
-    if dims and not classes:  # of mmsegmentation, which does not name them
-        classes = masks.ADE20K if dims['classes'] == len(masks.ADE20K) else list(map(str, range(dims['classes'])))
-    labels = masks.Labels(
-        classes=list(map(str, range(args.num_classes))) if args.num_classes else None,
-        of_checkpoint=classes,
-        ignore=choose('ignore_label', masks.IGNORE),
-        reduce_zero=choose('reduce_zero_label', None),
-    )
-    size = sizes['img_size']
-    window = segmentation.Window(
-        size=size,
-        stride=tuple(args.stride or (max(1, side * 2 // 3) for side in size)),
-        scale=tuple(sorted(choose('scale', (4 * min(size), min(size))), reverse=True)),
-        ratios=tuple(args.scales),
-        flip=args.flip,
-    )
-    if any(max(args.scale_range) * side < crop for side, crop in zip(sorted(window.scale), sorted(size))):
-        raise InputError(
-            f'--scale {window.scale[0]} {window.scale[1]}: images are smaller than the crop, {size[0]} x {size[1]}, '
-            f'at every --scale_range'
-        )
-    if any(step > side for step, side in zip(window.stride, size)):
-        raise InputError(f'--stride {window.stride[0]} {window.stride[1]} leaves gaps between windows of {size}')
-    return settings, labels, window
-
-
-def make_schedule(args, num_images):
-    """The schedule in steps, by --total_steps and --warmup_steps; the rate falls linearly. Raises InputError."""
-    schedule = optim.make_schedule(args, num_images, usual_batch=16)
-    total, warmup = args.total_steps or schedule.total_steps, args.warmup_steps
-    if warmup is None:
-        warmup = total // 10 if args.warmup_epochs is None else schedule.warmup_steps
-    schedule = dataclasses.replace(schedule, total_steps=total, warmup_steps=warmup, decay='linear', warmup_from=1e-6)
-    if schedule.warmup_steps > schedule.total_steps:
-        raise InputError(f'{schedule.warmup_steps} steps of warm-up are more than {schedule.total_steps} in all')
-    if schedule.accumulation > 1:
-        raise InputError(
-            f'--total_batch_size {schedule.total_batch_size} would be accumulated from {schedule.accumulation} parts, '
-            f'and BatchNorm would average over {schedule.batch_size} images only; use more GPUs, --grad_checkpointing, '
-            f'or --total_batch_size {schedule.batch_size * distributed.world()[1]}'
-        )
-    if schedule.batch_size < 2:
-        raise InputError('BatchNorm needs at least two images on a device: a larger --total_batch_size')
-    return schedule
-
-
-def report(args, model, samples, settings, window, origin):
-    """--eval: evaluate, and print a table."""
-    device = distributed.start(distributed.choose_device(args.device))
-    autocast, _ = distributed.mixed_precision(args.amp, device)
-    classes = samples.source.classes
-    engine.check_evaluated(args, samples.source, settings)
-    loader = engine.evaluation_loader(args, device, samples, settings, 1)  # any size
-    metrics = segmentation.evaluate(model.to(device), loader, window, classes, autocast)
-    if distributed.world()[0] == 0:
-        print(origin)
-        for name in classes:
-            print(f'{name:>24} {metrics[f"val_iou/{name}"]:6.2f}')
-        bad = metrics.get('val_bad_images', 0)
-        print(
-            f'mIoU {metrics["val_miou"]:.2f} %  mean accuracy {metrics["val_macc"]:.2f} %  pixel accuracy '
-            f'{metrics["val_pixel_acc"]:.2f} %  on {len(samples) - bad} images'
-            + (f' ({bad} cannot be used)' if bad else '')
-        )
+    for epoch in run.epochs():
+        engine.train_epoch(run, loss_fn, loader, epoch)
+        best = None
+        if run.is_due(epoch, args.eval_every):
+            values = evaluate(model, val_loader, segment, run.autocast, run)
+            run.log.entry(run.step, values)
+            best = {'best_miou': values['val_miou']}
+        run.saver.end_epoch(epoch, run.step, best)
+    run.log.say(summary(values, classes))
     distributed.stop()
 
 
-def predict(args):
-    """Write for each image NAME.png, the class of every pixel, and NAME_overlay.png, its colours over the image.
+def settle(args, file):
+    """What follows from flags, else from a segmenter of --init_from, else is usual.
 
-    An image that cannot be read is reported, and the exit code is 1 at the end.
+    Returns:
+        settings: with the sizes of UperNet, and the classes of the segmenter, or None.
+        options: args, with scale, and with what numbers in masks mean.
+        segment: (model, imgs, size) -> classes of the pixels, as segmentation.segment.
     """
-    if not args.init_from:
-        raise InputError('--predict needs a segmenter: --init_from CHECKPOINT')
-    settings, labels, window = settle(args)
-    classes = labels.of_checkpoint
-    if not classes:
-        raise InputError(
-            f'{args.init_from}: not a segmenter; --predict needs one trained by main_segment.py or mmsegmentation'
-        )
+    settings, classes, then = weights.settings_of(args, file), None, {}
+    head = file and file['model'].get('classifier.1.weight')
+    if head is not None:
+        usual = segmentation.ADE20K if len(head) == 150 else list(map(str, range(len(head))))
+        classes = settings.classes or usual  # mmsegmentation records none
+        aux_channels = file['model']['aux_head.2.weight'].shape[1]
+        then = settings.args | {'channels': head.shape[1], 'aux_channels': aux_channels}
+    options = argparse.Namespace(**vars(args))
+    followed = 'levels', 'channels', 'aux_channels', 'scale', 'ignore_label', 'reduce_zero_label'
+    for name in followed:
+        if getattr(args, name) is None:
+            setattr(options, name, then.get(name))
+    sizes = {name: settings.sizes[name] for name in ENCODER}
+    sizes['levels'] = tuple(options.levels or default_levels(sizes['depth']))
+    sizes['channels'] = options.channels or sizes['embed_dim']
+    sizes['aux_channels'] = options.aux_channels or min(256, sizes['channels'])
+    size = sizes['img_size']
+    options.scale = sorted(options.scale or (4 * min(size), min(size)), reverse=True)
+    stride = args.stride or [max(1, side * 2 // 3) for side in size]
+    if any(step > side for step, side in zip(stride, size)):
+        raise InputError(f'--stride {stride} leaves gaps between windows of {size}')
+    how = {'stride': stride, 'scale': options.scale, 'ratios': args.scales, 'flip': args.flip}
+    segment = partial(segmentation.segment, window=size, **how)
+    return dataclasses.replace(settings, sizes=sizes, classes=classes), options, segment
+
+
+def build(args, device, file, settings, classes, complete=False):
+    """(UperNet, lines on its weights); complete: all of them are the file's. Raises InputError."""
+    heads = {'num_classes': len(classes), 'classifier_std': args.classifier_std}
     with as_input_error():
-        model = UperNet(**settings.sizes, num_classes=len(classes))
-    print(weights.load_weights(model, args.init_from, complete=True))
-    device = distributed.start(distributed.choose_device(args.device), join=False)
-    autocast, _ = distributed.mixed_precision(args.amp, device)
-    model.to(device)
-    folder, written = os.path.join(args.output_dir, 'predictions'), set()
-    checkpoint.make_output_dir(folder)
-    for path, image in folders.given_images(args.predict, settings.sizes['in_chans'], args.background):
-        predicted = segmentation.segment_image(model, image, settings, window, device, autocast)
+        model = UperNet(**settings.sizes, **heads, drop_path=args.drop_path)
+    model.encoder.set_grad_checkpointing(args.grad_checkpointing)
+    origin = weights.load(model, file, complete, classes) if file else 'random weights'
+    if shares_batch(device):
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model.to(device), '\n'.join([origin, *settings.notes])
+
+
+def shares_batch(device):
+    """Whether BatchNorm averages over the images of all devices."""
+    return device.type == 'cuda' and distributed.world()[1] > 1
+
+
+def make_schedule(args, num_images, device):
+    """By --total_steps and --warmup_steps; the rate falls linearly. Raises InputError."""
+    at_least = 1 if shares_batch(device) else 2
+    schedule = optim.make_schedule(args, num_images, usual_batch=16, at_least=at_least)
+    total, warmup = args.total_steps or schedule.total_steps, args.warmup_steps
+    if warmup is None:
+        warmup = total // 10 if args.warmup_epochs is None else schedule.warmup_steps
+    if warmup > total:
+        raise InputError(f'{warmup} steps of warm-up are more than {total} in all')
+    if schedule.accumulation > 1 or schedule.batch_size < at_least:
+        raise InputError(
+            f'BatchNorm needs the images of a step at once, {at_least} or more on a device, not '
+            f'{schedule.batch_size}; change --total_batch_size, or use --grad_checkpointing'
+        )
+    changes = {'total_steps': total, 'warmup_steps': warmup, 'decay': 'linear'}
+    return dataclasses.replace(schedule, **changes, warmup_from=1e-6)
+
+
+# --- Evaluation and prediction --------------------------------------------------------------------
+
+
+def check_classes(ours, whose, classes):
+    """Raise InputError unless these are the classes, in the same order."""
+    pairs = enumerate(zip_longest(ours, classes))
+    different = [f'number {i} is {a} there, and {b} here' for i, (a, b) in pairs if a != b]
+    if different:
+        raise InputError(f'the classes are not those of {whose}: {different[0]}')
+
+
+@torch.no_grad()
+def evaluate(model, loader, segment, autocast, run=None):
+    """{'val_miou', 'val_macc', 'val_pixel_acc', 'val_iou/CLASS', ...} in percent."""
+    model.eval()
+    distributed.share_buffers(model)
+    classes = loader.samples.source.classes
+    confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
+    for imgs, masks in engine.evaluation_batches(loader, run):
+        with autocast():
+            predicted = segment(model, imgs, size=masks.shape[-2:])
+        confusion += segmentation.confusion_matrix(predicted, masks, len(classes)).cpu()
+    result = segmentation.scores(sum(distributed.gather(confusion)))
+    values = {f'val_{name}': result[name] for name in ('miou', 'macc', 'pixel_acc')}
+    return values | {f'val_iou/{name}': iou for name, iou in zip(classes, result['iou'].tolist())}
+
+
+def summary(values, classes):
+    """The lines to print of an evaluation."""
+    ious = [values[f'val_iou/{name}'] for name in classes]
+    seen, numbers = sum(iou == iou for iou in ious), [*values.values()][:3]
+    lines = [f'{name:>24} {iou:6.2f}' for name, iou in zip(classes, ious)]
+    lines.append('mIoU {:.2f} %  mean accuracy {:.2f} %  pixel accuracy {:.2f} %'.format(*numbers))
+    if seen < len(ious):
+        lines.append(f'over {seen} of {len(ious)} classes: nan is neither there nor predicted')
+    return '\n'.join(lines)
+
+
+def report(args, device, file, settings, segment, loader):
+    """--eval: evaluate the segmenter of --init_from, and print a table."""
+    if settings.classes is None:
+        raise InputError('--eval needs a segmenter: --init_from CHECKPOINT')
+    classes = loader.samples.source.classes
+    known = settings.classes if 'classes' in file else classes[: len(settings.classes)]
+    check_classes(known, 'the segmenter', classes)
+    model, origin = build(args, device, file, settings, classes, complete=True)
+    autocast, _ = engine.mixed_precision(args.amp, device)
+    values = evaluate(model, loader, segment, autocast)
+    if distributed.world()[0] == 0:
+        print(f'{origin}\nmean {settings.mean}, std {settings.std}\n{summary(values, classes)}')
+        print(f'on {len(loader.samples)} images')
+    distributed.stop()
+
+
+@torch.no_grad()
+def predict(args, device, file, settings, segment):
+    """Write NAME.png, the class of every pixel, and NAME_overlay.png; print shares of classes.
+
+    Raises SystemExit(1) at the end if an image cannot be read.
+    """
+    classes, folder = settings.classes, os.path.join(args.output_dir, 'predictions')
+    if classes is None:
+        raise InputError('--predict needs a segmenter: --init_from CHECKPOINT')
+    model, origin = build(args, device, file, settings, classes, complete=True)
+    print(origin)
+    autocast, _ = engine.mixed_precision(args.amp, device)
+    with as_input_error(folder):
+        os.makedirs(folder, exist_ok=True)
+    written, code = set(), 0
+    for path in sources.image_paths(args.predict):
+        try:
+            image = read_image(path, settings.sizes['in_chans'], args.background, args.max_value)
+        except InputError as error:
+            print(error, file=sys.stderr)
+            code = 1
+            continue
+        imgs = transforms.normalise(image[None].to(device), settings.mean, settings.std)
+        with autocast():
+            mask = segment(model.eval(), imgs, size=image.shape[-2:])[0].cpu()
         name = os.path.splitext(os.path.basename(path))[0]
         while {name, f'{name}_overlay'} & written:  # of the same name in another folder
             name += '_'
         written |= {name, f'{name}_overlay'}
-        file = os.path.join(folder, name)
-        indexed = Image.fromarray(predicted)
-        indexed.putpalette(visualize.palette(len(classes)).tobytes())
-        indexed.save(f'{file}.png')
-        visualize.overlay(image, predicted, classes).save(f'{file}_overlay.png')
-        print(f'{path}  {file}.png  {file}_overlay.png')
+        segmentation.indexed(mask).save(os.path.join(folder, f'{name}.png'))
+        segmentation.overlay(image, mask).save(os.path.join(folder, f'{name}_overlay.png'))
+        print(f'{path}: {folder}/{name}.png')
+        shares = mask.flatten().bincount() / mask.numel()
+        for number in shares.argsort(descending=True)[: (shares > 0).sum()].tolist():
+            print(f'{classes[number]:>24} {shares[number]:7.2%}')
+    raise SystemExit(code)
 
 
 if __name__ == '__main__':
-    run_job(main, get_parser())
+    flags.run_job(main, get_parser())

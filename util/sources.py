@@ -26,25 +26,27 @@ ARCHIVES = ('.zip', '.7z', '.rar', '.gz', '.tgz', '.bz2', '.tbz2', '.xz', '.txz'
 # --- The sources of a job -------------------------------------------------------------------------
 
 
-def open_sources(args, sizes, labelled=False, only_val=False):
+def open_sources(args, sizes, labelled=False, only_val=False, opener=None):
     """(training source, validation source or None) of --data_path, --val_path and --val_share.
 
     Args:
         sizes: the model's, with 'in_chans' and 'img_size' (H, W).
         labelled: for a classifier: both are there, with the same classes, which are printed.
         only_val: the training source is None, and --data_path may be the validation images.
+        opener: path -> (training source, validation source or None); for segmentation.
 
     Raises:
         InputError: if images or labels are missing, or none of the first images can be read.
     """
     options = {'in_chans': sizes['in_chans'], 'background': tuple(args.background)}
     make = partial(Images, options | {'max_value': getattr(args, 'max_value', None)})
+    opener = opener or partial(open_source, args=args, sizes=sizes, make=make, labelled=labelled)
     train = val = None
     if args.val_path:
-        whole, val = open_source(args.val_path, args, sizes, make, labelled)
+        whole, val = opener(args.val_path)
         val = whole if val is None else val
     if not (only_val and args.val_path):
-        train, split = open_source(args.data_path, args, sizes, make, labelled)
+        train, split = opener(args.data_path)
         val = split if val is None else val
     if val is None and args.val_share:
         train, val = hold_out(train, args.val_share)
