@@ -1,4 +1,4 @@
-"""Reading image files of every kind."""
+"""The bytes of an image -> its pixels: kinds of files, transparency, 16 bits, arrays, faults."""
 
 import io
 import struct
@@ -13,49 +13,51 @@ from PIL import Image
 from util import images
 from util.errors import InputError
 
-
-@pytest.fixture
-def picture():
-    """A smooth RGB picture, uint8 (30, 40, 3)."""
-    y, x = np.mgrid[0:30, 0:40]
-    return np.stack([x * 6, y * 8, (x + y) * 3], -1).astype(np.uint8)
+Y, X = np.mgrid[0:30, 0:40]
+PICTURE = np.stack([X * 6, Y * 8, (X + Y) * 3], -1).astype(np.uint8)  # smooth, (30, 40, 3)
 
 
-# --- Formats: every file gives the picture, as PIL shows it -----------------------------------------------------
+def saved(image, kind, **options):
+    """The bytes of a file."""
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
-@pytest.mark.parametrize('suffix', ['jpg', 'JPEG', 'png', 'webp', 'bmp', 'tif', 'ppm'])
-def test_rgb_files(picture, tmp_path, suffix):
-    path = tmp_path / f'image.{suffix}'
-    Image.fromarray(picture).save(path)
-    image = images.read_image(path)
+def as_npy(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def as_shown(content, mode='RGB'):
+    return np.array(Image.open(io.BytesIO(content)).convert('RGB').convert(mode))
+
+
+# --- Formats: as PIL shows them -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('kind', 'JPEG PNG WEBP BMP TIFF PPM GIF AVIF JPEG2000'.split())
+def test_formats(kind):
+    content = saved(PICTURE, kind)
+    image = images.decode(content)
     assert image.dtype == torch.uint8
-    assert torch.equal(image, torch.from_numpy(np.array(Image.open(path).convert('RGB'))).permute(2, 0, 1))
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), as_shown(content))
 
 
-@pytest.mark.parametrize('mode', ['L', 'P', 'RGBA', 'LA', 'CMYK', '1', 'YCbCr'])
-def test_modes_become_rgb_or_grey(picture, tmp_path, mode):
-    path = tmp_path / ('image.jpg' if mode in ('CMYK', 'YCbCr') else 'image.png')
-    options = {'quality': 100} if path.suffix == '.jpg' else {}
-    Image.fromarray(picture).convert(mode).save(path, **options)
+@pytest.mark.parametrize('mode', ['L', 'P', 'RGBA', 'LA', '1', 'CMYK', 'YCbCr'])
+def test_modes_become_rgb_or_grey(mode):
+    image = Image.fromarray(PICTURE).convert(mode)
+    content = saved(image, 'JPEG' if mode in ('CMYK', 'YCbCr') else 'PNG', quality=100)
     for in_chans, shown in ((3, 'RGB'), (1, 'L')):
-        image = images.read_image(path, in_chans).permute(1, 2, 0).numpy().astype(int)
-        expected = np.array(Image.open(path).convert('RGB').convert(shown)).reshape(30, 40, in_chans).astype(int)
-        assert abs(image - expected).max() <= 1
+        pixels = images.decode(content, in_chans).permute(1, 2, 0).numpy().astype(int)
+        assert abs(pixels - as_shown(content, shown).reshape(pixels.shape)).max() <= 1
 
 
-@pytest.mark.parametrize('suffix', ['png', 'tif'])
-def test_16_bits_keep_their_brightness(tmp_path, suffix):
-    pixels = np.linspace(0, 65535, 30 * 40).reshape(30, 40).astype(np.uint16)
-    Image.fromarray(pixels).save(tmp_path / f'image.{suffix}')
-    image = images.read_image(tmp_path / f'image.{suffix}')
-    assert image.shape == (3, 30, 40)
-    assert np.abs(image[0].numpy() - pixels / 257).max() <= 0.5
-
-
-@pytest.mark.parametrize('suffix', ['jpg', 'png'])
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG'])
 @pytest.mark.parametrize('orientation', range(1, 9))
-def test_exif_orientation(picture, tmp_path, suffix, orientation):
+def test_exif_orientation(kind, orientation):
     upright = {
         1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
         5: lambda a: a.transpose(1, 0, 2), 6: lambda a: a[::-1].transpose(1, 0, 2),
@@ -63,197 +65,246 @@ def test_exif_orientation(picture, tmp_path, suffix, orientation):
     }[orientation]  # fmt: skip
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = tmp_path / f'image.{suffix}'
-    Image.fromarray(picture).save(path, exif=exif)
-    stored = np.array(Image.open(path).convert('RGB'))
-    assert np.array_equal(images.read_image(path).permute(1, 2, 0).numpy(), upright(stored))
+    content = saved(PICTURE, kind, exif=exif)
+    assert np.array_equal(
+        images.decode(content).permute(1, 2, 0).numpy(), upright(as_shown(content))
+    )
 
 
-@pytest.mark.parametrize('dtype, scale', [(np.uint8, 1), (np.uint16, 65535), (np.float32, 1)])
-def test_arrays_of_other_channel_counts(tmp_path, dtype, scale):
-    array = (np.random.default_rng(0).uniform(0, 1, (9, 7, 5)) * (255 if dtype == np.uint8 else scale)).astype(dtype)
-    np.save(tmp_path / 'image.npy', array)
-    image = images.read_image(tmp_path / 'image.npy', in_chans=5)
-    assert image.dtype == (torch.uint8 if dtype == np.uint8 else torch.float32)
-    assert np.allclose(image.permute(1, 2, 0).numpy(), array / scale)
-    with pytest.raises(ValueError, match=r'\(9, 7, 5\) is not \(H, W, 3\)'):
-        images.read_image(tmp_path / 'image.npy')
-
-
-@pytest.mark.parametrize('value', [np.nan, np.inf])
-def test_values_that_are_not_finite(value, tmp_path):
-    array = np.full((8, 8), 0.5, np.float32)
-    array[3, 4] = value
-    np.save(tmp_path / 'image.npy', array)
-    Image.fromarray(array * 200).save(tmp_path / 'image.tif')
-    for suffix in ('npy', 'tif'):
-        with pytest.raises(ValueError, match='not finite'):
-            images.read_image(tmp_path / f'image.{suffix}', in_chans=1)
-
-
-@pytest.mark.parametrize('content', [b'', b'text', b'\xff\xd8\xff\xe0 cut off', b'\x89PNG\r\n\x1a\n cut off'])
-def test_broken_files_raise_one_kind_of_error(tmp_path, content):
-    for suffix in ('jpg', 'png', 'npy'):
-        path = tmp_path / f'image.{suffix}'
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=f'^{path}: '):
-            images.decode_image(content, str(path))
-        with pytest.raises(InputError, match=f'^{path}: '):
-            images.read_image(path)
-    with pytest.raises(InputError, match='nothing.png: No such file'):
-        images.read_image(tmp_path / 'nothing.png')
-
-
-# --- Transparency: composited on the background -----------------------------------------------------------------
-
-COLOURS = np.array([[200, 40, 10], [200, 40, 10], [0, 0, 0], [20, 250, 90]])  # of four pixels in a row
-ALPHA = np.array([0, 255, 128, 64])
-
-
-def png_16_bits(colour_type, samples, chunks=b''):
-    """A PNG of one row of 16-bit samples (W, C), written by hand: PIL writes none with alpha."""
-
-    def chunk(kind, content):
-        return struct.pack('>I', len(content)) + kind + content + struct.pack('>I', zlib.crc32(kind + content))
-
-    header = struct.pack('>IIBBBBB', len(samples), 1, 16, colour_type, 0, 0, 0)
-    pixels = zlib.compress(b'\0' + np.asarray(samples, dtype='>u2').tobytes())
-    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunks + chunk(b'IDAT', pixels) + chunk(b'IEND', b'')
-
-
-def rgba(path):
-    pixels = np.concatenate([COLOURS, ALPHA[:, None]], 1)[None].astype(np.uint8)
-    Image.fromarray(pixels).save(path, lossless=True, exact=True)  # options of WebP, which PNG ignores
-
-
-def palette(path):
-    image = Image.new('P', (4, 1))
-    image.putpalette(COLOURS.flatten().tolist())
-    image.putdata(range(4))
-    image.save(path, transparency=bytes(ALPHA.tolist()))
-
-
-def premultiplied(path):
-    """A TIFF whose fourth sample is declared as associated alpha: PIL writes only the other kind."""
-    colours = np.round(COLOURS * ALPHA[:, None] / 255)
-    Image.fromarray(np.concatenate([colours, ALPHA[:, None]], 1)[None].astype(np.uint8)).save(path)
-    tag = struct.pack('<HHI', 338, 3, 1)
-    content = path.read_bytes()
-    assert content.count(tag + b'\x02') == 1
-    path.write_bytes(content.replace(tag + b'\x02', tag + b'\x01'))
-
-
-def rgba_16_bits(path):
-    path.write_bytes(png_16_bits(6, np.concatenate([COLOURS, ALPHA[:, None]], 1) * 257))
-
-
-@pytest.mark.parametrize('background', [(255, 255, 255), (0, 0, 0), (10, 200, 90)])
-@pytest.mark.parametrize(
-    'save, suffix',
-    [(rgba, 'png'), (rgba, 'webp'), (palette, 'png'), (premultiplied, 'tif'), (rgba_16_bits, 'png')],
-)
-def test_transparent_colours(save, suffix, background, tmp_path):
-    path = tmp_path / f'image.{suffix}'
-    save(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        image = images.read_image(path, 3, background)[:, 0].T.numpy()
-        grey = images.read_image(path, 1, background)[0, 0].numpy()
-    share = ALPHA[:, None] / 255
-    expected = COLOURS * share + np.array(background) * (1 - share)
-    assert abs(image - expected).max() <= (2 if save is premultiplied else 1)
-    assert abs(grey - expected @ [0.299, 0.587, 0.114]).max() <= 2
-
-
-@pytest.mark.parametrize('bits', [8, 16])
-def test_transparent_greys(bits, tmp_path):
-    values = np.array([[70, 0], [70, 255], [0, 128], [200, 64]])
-    path = tmp_path / 'image.png'
-    if bits == 8:
-        Image.fromarray(values[None].astype(np.uint8), 'LA').save(path)
-    else:
-        path.write_bytes(png_16_bits(4, values * 257))
-    expected = (values[:, 0] * values[:, 1] + 255 * (255 - values[:, 1])) / 255
-    for in_chans in (1, 3):
-        image = images.read_image(path, in_chans)[:, 0].numpy()
-        assert abs(image - expected).max() <= 1
-
-
-@pytest.mark.parametrize('bits', [8, 16])
-def test_a_transparent_grey_value(bits, tmp_path):
-    """The PNG names one value that is transparent."""
-    path = tmp_path / 'image.png'
-    if bits == 8:
-        Image.fromarray(np.array([[70, 0, 200]], np.uint8)).save(path, transparency=0)
-    else:
-        values = np.array([70, 0, 200])[:, None] * 257
-        content = b'tRNS' + struct.pack('>H', 0)
-        path.write_bytes(
-            png_16_bits(0, values, struct.pack('>I', 2) + content + struct.pack('>I', zlib.crc32(content)))
-        )
-    assert images.read_image(path, 1, (90, 90, 90)).flatten().tolist() == [70, 90, 200]
-    assert images.read_image(path, 3, (90, 80, 70))[:, 0, 1].tolist() == [90, 80, 70]
-
-
-def test_a_transparent_rgb_value(tmp_path):
-    Image.fromarray(COLOURS[None].astype(np.uint8)).save(tmp_path / 'image.png', transparency=(0, 0, 0))
-    image = images.read_image(tmp_path / 'image.png', 3, (9, 8, 7))
-    assert image[:, 0].T.tolist() == [COLOURS[0].tolist(), COLOURS[1].tolist(), [9, 8, 7], COLOURS[3].tolist()]
-
-
-@pytest.mark.parametrize('mode', ['RGBa', 'PA'])
-def test_modes_that_only_pil_has(mode):
-    """Premultiplied, and a palette with alpha: as data sets of PIL images may give them."""
-    straight = Image.fromarray(np.array([[[200, 200, 200, 128], [50, 50, 50, 0]]], np.uint8))
-    if mode == 'RGBa':
-        image = straight.convert('RGBa')
-    else:
-        image = straight.convert('RGB').convert('P').convert('PA')
-        image.putalpha(straight.getchannel('A'))
-    pixels = images.pil_to_tensor(image, 3, (0, 255, 0))[:, 0].T.tolist()
-    assert np.abs(np.array(pixels) - [[100, 227, 100], [0, 255, 0]]).max() <= 2
-
-
-# --- The fast JPEG decoder -----------------------------------------------------------------------------------------
-
-
-def jpeg(image, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, 'JPEG', **options)
-    return buffer.getvalue()
-
-
-# No colours that leave 0..255 on the way: PIL would clip them before it makes them grey.
-NOISE = Image.fromarray(np.random.default_rng(0).integers(100, 156, (60, 80, 3), dtype=np.uint8))
-JPEGS = {
-    'colour': jpeg(NOISE),
-    'grey': jpeg(NOISE.convert('L')),
-    'CMYK': jpeg(NOISE.convert('CMYK')),
-    'progressive': jpeg(NOISE, progressive=True),
-    'full chroma': jpeg(NOISE, subsampling=0),
-    'trailing bytes': jpeg(NOISE) + bytes(99),
-    'garbage before the end': jpeg(NOISE)[:-2] + bytes(50) + b'\xff\xd9',
-    'cut off': jpeg(NOISE)[:-300],
-    'without an end': jpeg(NOISE)[:-2],
-    'header only': jpeg(NOISE)[:150],
-}
+def jpegs():
+    # No colours that leave 0..255 on the way: PIL would clip them before it makes them grey.
+    noise = Image.fromarray(
+        np.random.default_rng(0).integers(100, 156, (60, 80, 3), dtype=np.uint8)
+    )
+    plain = saved(noise, 'JPEG')
+    return {
+        'colour': plain,
+        'grey': saved(noise.convert('L'), 'JPEG'),
+        'CMYK': saved(noise.convert('CMYK'), 'JPEG'),
+        'progressive': saved(noise, 'JPEG', progressive=True),
+        'trailing bytes': plain + bytes(99),
+        'garbage before the end': plain[:-2] + bytes(50) + b'\xff\xd9',
+        'cut off': plain[:-300],
+        'without an end': plain[:-2],
+    }
 
 
 @pytest.mark.parametrize('in_chans', [1, 3])
-@pytest.mark.parametrize('kind', JPEGS)
-def test_both_jpeg_decoders_give_the_same(kind, in_chans, monkeypatch):
-    def decoded():
+def test_both_jpeg_decoders_give_the_same(in_chans, monkeypatch):
+    def decoded(content):
         try:
-            return images.decode_image(JPEGS[kind], 'a.jpg', in_chans).tolist()
+            return images.decode(content, in_chans).numpy().astype(int)
         except ValueError as error:
             return str(error)
 
     assert images.simplejpeg is not None
-    fast = decoded()
+    fast = {kind: decoded(content) for kind, content in jpegs().items()}
     monkeypatch.setattr(images, 'simplejpeg', None)
-    slow = decoded()
-    if in_chans == 1 and isinstance(fast, list):  # PIL's grey is computed from rounded colours
-        assert np.abs(np.array(fast) - np.array(slow)).max() <= 1
-    else:
-        assert fast == slow
-    assert isinstance(fast, str) == (kind in ('cut off', 'without an end', 'header only'))
+    for kind, content in jpegs().items():
+        slow = decoded(content)
+        assert isinstance(slow, str) == (kind in ('cut off', 'without an end'))
+        if in_chans == 1 and not isinstance(slow, str):  # PIL's grey is of rounded colours
+            assert abs(fast[kind] - slow).max() <= 1
+        else:
+            assert np.array_equal(fast[kind], slow)
+
+
+# --- More than 8 bits -----------------------------------------------------------------------------
+
+
+def png_16_bits(colour_type, samples, chunks=()):
+    """A PNG of one row of 16-bit samples (W, C), written by hand: PIL writes none with alpha."""
+
+    def chunk(kind, content):
+        checksum = struct.pack('>I', zlib.crc32(kind + content))
+        return struct.pack('>I', len(content)) + kind + content + checksum
+
+    header = struct.pack('>IIBBBBB', len(samples), 1, 16, colour_type, 0, 0, 0)
+    pixels = zlib.compress(b'\0' + np.asarray(samples, dtype='>u2').tobytes())
+    parts = [(b'IHDR', header), *chunks, (b'IDAT', pixels), (b'IEND', b'')]
+    return b'\x89PNG\r\n\x1a\n' + b''.join(chunk(*part) for part in parts)
+
+
+RAMP = np.linspace(0, 1, 30 * 40).reshape(30, 40)
+
+
+@pytest.mark.parametrize('kind', ['PNG', 'TIFF', 'JPEG2000'])
+def test_16_bits_keep_their_upper_8(kind):
+    pixels = (RAMP * 65535).astype(np.uint16)
+    image = images.decode(saved(pixels, kind))
+    assert image.shape == (3, 30, 40) and np.abs(image[1].numpy() - pixels / 257).max() <= 0.5
+
+
+@pytest.mark.parametrize(
+    'white, dtype', [(4095, np.uint16), (100_000, np.int32), (1, np.float32), (5e4, np.float32)]
+)
+def test_max_value_is_white(white, dtype):
+    pixels = (RAMP * white).astype(dtype)
+    image = images.decode(saved(pixels, 'TIFF'), 1, max_value=white)
+    assert np.abs(image[0].numpy() - pixels / white * 255).max() <= 0.51
+    array = images.decode(as_npy(pixels), 1, max_value=white)
+    assert np.allclose(array[0].numpy(), pixels / white, atol=1e-6)
+    for content in (saved(pixels, 'TIFF'), as_npy(pixels)):
+        with pytest.raises(ValueError, match='outside 0'):
+            images.decode(content, 1, max_value=white / 2)
+
+
+@pytest.mark.parametrize(
+    'pixels, problem',
+    [
+        (np.full((8, 8), 70_000, np.int32), '70000..70000 are outside 0..65535'),
+        (np.full((8, 8), -5, np.int32), '-5..-5 are outside 0..65535'),
+        (np.full((8, 8), 256.5, np.float32), 'outside 0..255'),
+        (np.full((8, 8), 0.5, np.float32), '--max_value 1'),
+        (np.full((8, 8), np.nan, np.float32), 'not finite'),
+    ],
+)
+def test_values_that_would_be_clipped_are_refused(pixels, problem):
+    with pytest.raises(ValueError, match=problem):
+        images.decode(saved(pixels, 'TIFF'))
+
+
+def test_floats_of_0_to_255_are_8_bits():
+    image = images.decode(saved((RAMP * 255).astype(np.float32), 'TIFF'), 1)
+    assert np.abs(image[0].numpy() - RAMP * 255).max() <= 0.51
+
+
+def test_used_range():
+    """Of files with more than 8 bits, from which 12-bit data is recognised."""
+    row = np.linspace(0, 4095, 99).round().repeat(3).reshape(-1, 3)
+    for content, used in (
+        (saved((RAMP * 4095).astype(np.uint16), 'PNG'), 4095 / 65535),
+        (saved((RAMP * 65535).astype(np.uint16), 'TIFF'), 1),
+        (png_16_bits(2, row), 15 / 255),  # RGB, which PIL cuts to 8 bits
+        (as_npy((RAMP * 4095).astype(np.uint16)), 4095 / 65535),
+        (as_npy((RAMP * 65535).astype(np.int32)), 65535 / (2**31 - 1)),
+        (as_npy(PICTURE), None),
+        (as_npy(RAMP), None),
+        (saved(PICTURE, 'PNG'), None),
+        (saved(PICTURE, 'JPEG'), None),
+    ):
+        assert images.used_range(content) == (used if used is None else pytest.approx(used))
+    with pytest.raises(ValueError, match='save .npy arrays'):
+        images.decode(png_16_bits(2, row), max_value=4095)
+
+
+# --- Arrays ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('dtype, white', [(np.uint8, 1), (np.uint16, 65535), (np.float64, 1)])
+def test_arrays_of_other_channel_counts(dtype, white):
+    array = np.random.default_rng(0).uniform(0, 1, (9, 7, 5)) * (
+        255 if dtype == np.uint8 else white
+    )
+    array = array.astype(dtype)
+    image = images.decode(as_npy(array), in_chans=5)
+    assert image.dtype == (torch.uint8 if dtype == np.uint8 else torch.float32)
+    assert np.allclose(image.permute(1, 2, 0).numpy(), array / white)
+    with pytest.raises(ValueError, match=r'\(9, 7, 5\) .* \(H, W, 3\)'):
+        images.decode(as_npy(array))
+
+
+# --- Transparency: on the background --------------------------------------------------------------
+
+COLOURS = np.array([[200, 40, 10], [200, 40, 10], [0, 0, 0], [20, 250, 90]])  # of a row of pixels
+ALPHA = np.array([0, 255, 128, 64])
+RGBA = np.concatenate([COLOURS, ALPHA[:, None]], 1)
+
+
+def palette():
+    image = Image.new('P', (4, 1))
+    image.putpalette(COLOURS.flatten().tolist())
+    image.putdata(range(4))
+    return saved(image, 'PNG', transparency=bytes(ALPHA.tolist()))
+
+
+def premultiplied():
+    """A TIFF whose fourth sample is declared as associated alpha: PIL writes only the other."""
+    colours = np.round(COLOURS * ALPHA[:, None] / 255)
+    content = saved(np.concatenate([colours, ALPHA[:, None]], 1)[None].astype(np.uint8), 'TIFF')
+    tag = struct.pack('<HHI', 338, 3, 1)
+    assert content.count(tag + b'\x02') == 1
+    return content.replace(tag + b'\x02', tag + b'\x01')
+
+
+@pytest.mark.parametrize('background', [(255, 255, 255), (0, 0, 0), (10, 200, 90)])
+@pytest.mark.parametrize(
+    'content',
+    [
+        saved(RGBA[None].astype(np.uint8), 'PNG'),
+        saved(RGBA[None].astype(np.uint8), 'WEBP', lossless=True, exact=True),
+        palette(),
+        premultiplied(),
+        png_16_bits(6, RGBA * 257),
+    ],
+    ids=['PNG', 'WebP', 'palette', 'premultiplied', '16 bits'],
+)
+def test_transparent_colours(content, background):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        image = images.decode(content, 3, background)[:, 0].T.numpy()
+        grey = images.decode(content, 1, background)[0, 0].numpy()
+    share = ALPHA[:, None] / 255
+    expected = COLOURS * share + np.array(background) * (1 - share)
+    assert abs(image - expected).max() <= 2
+    assert abs(grey - expected @ [0.299, 0.587, 0.114]).max() <= 2
+
+
+def test_transparent_greys():
+    values = np.array([[70, 0], [70, 255], [0, 128], [200, 64]])
+    expected = (values[:, 0] * values[:, 1] + 255 * (255 - values[:, 1])) / 255
+    eight_bits = saved(Image.fromarray(values[None].astype(np.uint8), 'LA'), 'PNG')
+    for content in (eight_bits, png_16_bits(4, values * 257)):
+        for in_chans in (1, 3):
+            image = images.decode(content, in_chans)[:, 0].numpy()
+            assert abs(image - expected).max() <= 1
+
+
+def test_a_value_that_a_png_declares_transparent():
+    greys = np.array([[70, 0, 200]], np.uint8)
+    sixteen = png_16_bits(0, np.array([[70], [0], [200]]) * 257, [(b'tRNS', struct.pack('>H', 0))])
+    for content in (saved(greys, 'PNG', transparency=0), sixteen):
+        assert images.decode(content, 1, (90, 90, 90)).flatten().tolist() == [70, 90, 200]
+        assert images.decode(content, 3, (90, 80, 70))[:, 0, 1].tolist() == [90, 80, 70]
+    colours = saved(COLOURS[None].astype(np.uint8), 'PNG', transparency=(0, 0, 0))
+    assert images.decode(colours, 3, (9, 8, 7))[:, 0].T.tolist()[2] == [9, 8, 7]
+
+
+# --- Faults ---------------------------------------------------------------------------------------
+
+
+def png_that_claims(width, height):
+    """A PNG of few bytes whose header promises so many pixels."""
+    header = struct.pack('>II', width, height)
+    content = png_16_bits(2, np.zeros((1, 3)))
+    start = content[12:16] + header + content[24:29]
+    return content[:12] + start + struct.pack('>I', zlib.crc32(start)) + content[33:]
+
+
+@pytest.mark.parametrize(
+    'content, problem',
+    [
+        (b'', 'empty'),
+        (b'404 Not Found\n', 'not an image of a known format'),
+        (jpegs()['cut off'], 'truncated'),
+        (jpegs()['colour'][:150], '.'),
+        (saved(PICTURE, 'PNG')[:60], 'truncated'),
+        (png_that_claims(30_000, 30_000), 'decompression bomb'),
+        (png_that_claims(1, 2_000), '1 x 2000 pixels are too long and narrow'),
+        (as_npy(np.zeros((1, 2000, 3), np.uint8)), 'too long and narrow'),
+        (as_npy(np.array([print], dtype=object)), 'allow_pickle=False'),
+        (as_npy(np.full((8, 8, 3), np.inf)), 'not finite'),
+        (as_npy(np.full((8, 8, 3), 1j)), 'complex128'),
+        (as_npy(PICTURE)[:500], '.'),
+    ],
+)
+def test_what_cannot_be_read_is_one_kind_of_error(content, problem, tmp_path):
+    with pytest.raises(ValueError, match=problem):
+        images.decode(content)
+    path = tmp_path / 'image.png'
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f'^{path}: .*{problem}') as error:
+        images.read_image(path)
+    assert '\n' not in str(error.value) and str(error.value).count(str(path)) == 1
+    with pytest.raises(InputError, match='nothing.png: No such file'):
+        images.read_image(tmp_path / 'nothing.png')

@@ -9,6 +9,7 @@ import os
 import re
 import tarfile
 import unicodedata
+from bisect import bisect_left
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -24,8 +25,8 @@ SPLIT = re.compile(  # 'Training', 'test_set', 'val2017', 'ILSVRC2012_img_val'
     r'(?:[ _-]?(?:set|data|images)|[ _-]?\d+)?',
     re.DOTALL | re.IGNORECASE,
 )
-ENDINGS = '|'.join(map(re.escape, EXTENSIONS))
-LINE = re.compile(rf'(.*?(?:{ENDINGS}))\s*[, ]\s*(.+)', re.IGNORECASE)  # name, class
+ENDING = '|'.join(map(re.escape, EXTENSIONS))
+LINE = re.compile(rf'(.*(?:{ENDING}))\s*[, ]\s*(.+)', re.IGNORECASE)  # name, class
 
 
 def shorten(names):
@@ -96,7 +97,8 @@ def image_paths(paths, most=None):
 
 
 def say_left_out(path, others):
-    kinds = [f'{count} {kind or "without ending"}' for kind, count in others.most_common(6)]
+    kinds = sorted(others.items(), key=lambda item: (-item[1], item[0]))[:6]
+    kinds = [f'{count} {kind or "without ending"}' for kind, count in kinds]
     if kinds:
         say(f'{path}: left out: {", ".join(kinds)}')
 
@@ -119,7 +121,7 @@ def choose_splits(folders):
 
 
 def find_splits(path, names, labelled):
-    """Sorted names of images -> for each split (folder that its names begin with, images (M,)).
+    """Sorted names of images -> for each split (folder that its names begin with, slice of names).
 
     Training images are the first; there may be no second. A folder that holds everything belongs
     to what its names begin with, unless it is the only class.
@@ -131,7 +133,7 @@ def find_splits(path, names, labelled):
         InputError: if it is not clear what the folders are.
     """
     tree = defaultdict(set)  # folder: the folders in it
-    holding = {os.fsdecode(name.rpartition(b'/')[0]) for name in names}  # images
+    holding = set(map(os.fsdecode, {name.rpartition(b'/')[0] for name in names}))  # images
     for folder in holding:
         while folder:
             folder, _, name = folder.rpartition('/')
@@ -145,8 +147,9 @@ def find_splits(path, names, labelled):
 
     def below(folder):
         top = folder if unwrap(folder) in holding else unwrap(folder)
-        prefix = os.fsencode(os.path.join(top, ''))
-        return top, np.array([i for i, name in enumerate(names) if name.startswith(prefix)])
+        first = os.fsencode(os.path.join(top, ''))
+        end = bisect_left(names, first[:-1] + b'0') if top else len(names)  # 0 comes after /
+        return top, slice(bisect_left(names, first), end)
 
     top = unwrap('')
     splits = choose_splits(tree[top])
@@ -180,11 +183,11 @@ def divide(path, names, make, labelled, tars=None, places=None, labels=None):
     parts = []
     for top, chosen in find_splits(path, names, labelled and labels is None):
         length = len(os.fsencode(os.path.join(top, '')))
-        kept = [names[i][length:] for i in chosen]
+        kept = [name[length:] for name in names[chosen]]
         if labels is None:
             found = [name.partition(b'/')[0] if b'/' in name else b'' for name in kept]
         else:
-            found = [labels[i] for i in chosen]
+            found = labels[chosen]
         read = read_file if tars is None else functools.partial(read_member, tars, places[chosen])
         parts.append(make(os.path.join(path, top) if top else path, kept, read, found))
     return (*parts, None)[:2]
@@ -391,7 +394,7 @@ def read_list(path):
 def split_line(line):
     """A line of a list -> (name, class or '')."""
     name, tab, label = line.partition('\t')
-    match = LINE.fullmatch(line)
-    if tab or match is None or line.lower().endswith(EXTENSIONS):  # names may have spaces
+    if tab or line.lower().endswith(EXTENSIONS):  # names may have spaces
         return name.strip(), label.strip()
-    return match.groups()
+    match = LINE.fullmatch(line)
+    return match.groups() if match else (line, '')

@@ -109,24 +109,26 @@ def check_labelled(path, train, val):
             f'{path} has no validation images (val/ or test/ beside train/); name some with '
             '--val_path, or hold some out with --val_share 0.1'
         )
-    for source in (train, val):
-        if source is not None and source.classes is None:
+    first = val if train is None else train
+    for source in (first, val):
+        if source.classes is None:
             example = f'{source.unlabelled} has none; ' if source.unlabelled else ''
             raise InputError(
                 f'{source.root}: no labels; {example}use one folder per class, a list with path, '
                 'tab, class, or tars with .cls or .json files'
+                + (f'; or leave it out: --data_path {first.root}' if first.classes else '')
             )
-    main, what = (val, '') if train is None else (train, f'{len(train)} images to train on, ')
+    classes = first.classes
     if train is not None:
-        if len(train.classes) < 2:
-            raise InputError(f'{path}: only one class, {train.classes[0]}; two are needed')
-        use_classes(val, train.classes, 'the training images')
-    counts = np.bincount(main.labels, minlength=len(main.classes))
+        if len(classes) < 2:
+            raise InputError(f'{path}: only one class, {classes[0]}; two are needed')
+        use_classes(val, classes, 'the training images')
+    counts = np.bincount(first.labels, minlength=len(classes))
     few, many = counts.argmin(), counts.argmax()
-    say(
-        f'{len(main.classes)} classes: {shorten(main.classes)}; {what}{len(val)} to evaluate; '
-        f'{counts[few]} of {main.classes[few]} to {counts[many]} of {main.classes[many]}'
-    )
+    images = f'{len(val)} images to evaluate'
+    images = images if train is None else f'{len(train)} images to train on, {images}'
+    extremes = f'{counts[few]} of {classes[few]} to {counts[many]} of {classes[many]}'
+    say(f'{len(classes)} classes: {shorten(classes)}; {images}; {extremes}')
 
 
 def use_classes(source, classes, whose):
@@ -139,7 +141,7 @@ def use_classes(source, classes, whose):
         raise InputError(f'{source.root}: classes that {whose} lack: {shorten(extra)}')
     lacking = sorted(set(classes) - set(source.classes))
     if lacking:
-        say(f'{source.root}: no image of {len(lacking)} classes: {shorten(lacking)}')
+        say(f'{source.root}: no image of {len(lacking)} classes, {shorten(lacking)}')
     numbers = {name: number for number, name in enumerate(classes)}
     table = np.array([numbers[name] for name in source.classes])
     source.labels, source.classes = table[source.labels], list(classes)
@@ -156,9 +158,8 @@ class Images:
         root: where they are, for people.
         names: (N,) bytes, relative to root.
         read: (self, index) -> the bytes of a file, or a PIL image.
-        class_names: (N,) bytes, b'' for an image that has none.
-        classes: the names of the classes in their order, where it is known.
-        labels: (N,), instead of class_names.
+        class_names: (N,) bytes, b'' for an image that has none; or else labels (N,).
+        classes: the names of the classes, where their order is known.
     """
 
     def __init__(self, options, root, names, read, class_names=(), classes=None, labels=None):
@@ -219,7 +220,8 @@ class Part:
         return self.source.path(self.indices[index])
 
     def __getitem__(self, index):
-        return self.source[int(self.indices[index])]
+        image, target = self.source[int(self.indices[index])]
+        return image, target if self.labels is None else int(self.labels[index])
 
 
 def hold_out(source, share):
@@ -257,7 +259,7 @@ def open_folder(path, args, make, labelled):
         return open_tars(path, list_files(path, ['.tar']), args, make, labelled)
     if others['.parquet'] or others['.arrow']:
         return open_table(path, args, make)
-    kinds = ' '.join(others) or 'no files'
+    kinds = ' '.join(sorted(others)) or 'no files'
     raise InputError(f'{path}: no image in it or in the folders below, but {kinds}')
 
 
@@ -266,15 +268,14 @@ def open_tars(path, names, args, make, labelled):
 
     Labels are those of WebDataset, if there are any; else folders are classes, except for shards.
     """
-    tars, shards = {path: ''}, False
-    if names:
-        tars, shards = files.tar_folders(path, names)
+    tars, shards = files.tar_folders(path, names) if names else ({path: ''}, False)
     label_key = getattr(args, 'label_key', 'label')
     names, places, labels = files.load_index(tars, args.download_dir, label_key)
     if not len(names):
         raise InputError(f'{path}: no image in it')
-    labels = labels.tolist() if shards or labels.any() else None
-    return files.divide(path, names.tolist(), make, labelled, list(tars), places, labels)
+    names, labels = names.tolist(), labels.tolist()
+    labels = labels if shards or any(labels) else None
+    return files.divide(path, names, make, labelled, list(tars), places, labels)
 
 
 def open_list(path, args, make):
@@ -288,10 +289,10 @@ def open_list(path, args, make):
     if tars:
         tars = {os.path.join(root, os.fsdecode(tar)): os.fsdecode(tar) for tar in tars}
         known, places, _ = files.load_index(tars, args.download_dir)
-        rows = np.searchsorted(known, names).clip(max=len(known) - 1)
-        missing = np.flatnonzero(known[rows] != np.array(names))
-        if len(missing):
-            raise InputError(f'{path}: no image {os.fsdecode(names[missing[0]])}')
+        order = {name: row for row, name in enumerate(known.tolist())}
+        rows = [order.get(name) for name in names]
+        if None in rows:
+            raise InputError(f'{path}: no image {os.fsdecode(names[rows.index(None)])}')
         read = partial(files.read_member, list(tars), places[rows])
     return make(root, names, read, labels)
 
@@ -328,7 +329,9 @@ def create_torchvision(path, create, choices):
                 return create(**arguments, **download)
             except (TypeError, ValueError):  # no such argument, or no split of that name
                 break
-            except (ImportError, RuntimeError, OSError) as error:
+            except ImportError as error:  # SVHN needs scipy
+                raise InputError(f'{path}: {error}') from None
+            except (RuntimeError, OSError) as error:
                 problem = ' '.join(str(getattr(error, 'reason', error)).split())
         else:
             how = 'start once without torchrun' if len(downloads) == 1 else 'the download failed'
@@ -372,7 +375,6 @@ def open_table(path, args, make):
     except Exception as error:  # it raises many kinds
         raise InputError(f'{path}: {str(error).strip().splitlines()[0]}') from None
     tables = tables if isinstance(tables, dict) else {'train': tables}
-    tables = {str(split): table for split, table in tables.items()}
     train, val = choose_splits(tables) or (list(tables), [None])
     key = getattr(args, 'label_key', 'label')
     open_split = partial(from_table, path, tables, key, make)
@@ -400,8 +402,7 @@ def from_table(path, tables, key, make, split):
         class_names = table.select_columns(keys[:1])[:][keys[0]]
         if isinstance(features[keys[0]], ClassLabel):
             classes = features[keys[0]].names
-            numbers = [-1 if number is None else number for number in class_names]
-            class_names = [classes[number] if number >= 0 else '' for number in numbers]
+            class_names = [classes[n] if n is not None and n >= 0 else '' for n in class_names]
         class_names = [files.as_class(name) for name in class_names]
     names = np.arange(len(table)).astype(bytes)
     table = table.select_columns(columns[:1]).cast_column(columns[0], Image(decode=False))
