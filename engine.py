@@ -180,7 +180,7 @@ def evaluation_batches(loader, run=None):
         SystemExit: as train_epoch does; the same command does this evaluation again.
     """
     loader.num_bad = 0
-    hidden = True if distributed.world()[0] else None  # None: where there is no terminal
+    hidden = None if distributed.is_first() else True  # None: where there is no terminal
     for images, targets in tqdm(loader, 'evaluation', leave=False, disable=hidden):
         if len(images):
             yield images, targets
@@ -188,7 +188,7 @@ def evaluation_batches(loader, run=None):
             run.save_and_exit()
     bad = sum(distributed.gather(loader.num_bad))
     loader.check_bad(bad)
-    if bad and distributed.world()[0] == 0:
+    if bad and distributed.is_first():
         left_out = f'{bad} of {len(loader.samples)} images cannot be read, and are left out'
         print(left_out, file=sys.stderr, flush=True)
 

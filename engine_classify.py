@@ -148,7 +148,7 @@ def load_classifier(args, device):
         model = create_encoder(settings.sizes, pool)
         model.reset_classifier(len(head))
     lines = [weights.load(model, file, complete=True), *settings.notes]
-    if distributed.world()[0] == 0:
+    if distributed.is_first():
         print('\n'.join(lines), file=sys.stderr)  # predictions go to stdout
     return model.to(device).eval(), settings
 
@@ -169,7 +169,7 @@ def report(args, device):
     autocast, _ = engine.mixed_precision(args.amp, device)
     loader = classes_loader(args, device, source, settings)
     values, recalls = evaluate(model, loader, autocast, source.classes, index=index)
-    if distributed.world()[0] == 0:
+    if distributed.is_first():
         if not settings.classes:
             print(f'it names no classes; their order is assumed: {", ".join(known[:5])} ...')
         if len(index) < num_classes:
@@ -178,7 +178,7 @@ def report(args, device):
     if args.report:
         shares = distributed.gather(list(predictions(args, device, model, settings, source)))
         numbers, probabilities = (np.array(part) for part in zip(*sum(shares, [])))
-        if distributed.world()[0] == 0:
+        if distributed.is_first():
             paths = [source.path(number) for number in numbers]
             labels = source.labels[numbers]
             write_report(args.report, source.classes, paths, labels, probabilities[:, index])

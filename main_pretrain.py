@@ -89,7 +89,7 @@ def main(args, build=MaskedAutoencoderMFF):
         if val_source and run.is_due(epoch, args.eval_every):
             values |= engine.evaluate(model, val_loader, measure, run)
         run.log.entry(run.step, values)
-        if run.is_due(epoch, args.picture_every) and distributed.world()[0] == 0:
+        if run.is_due(epoch, args.picture_every) and distributed.is_first():
             images, noise = engine.examples(val_set, settings, device)
             picture = visualize.reconstruction_figure(
                 model, images, (settings.mean, settings.std), args.mask_ratio, noise

@@ -84,7 +84,7 @@ def main(args):
     if args.out:
         write(args.out, found)
         lines.append(f'Wrote the features of {sum(len(part[2]) for part in found.values())} images')
-    if distributed.world()[0] == 0:
+    if distributed.is_first():
         print('\n'.join(lines))
     distributed.stop()
 

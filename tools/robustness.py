@@ -80,7 +80,7 @@ def main(args):
             name: [100 - top1(folder) for folder in folders] for name, folders in severities.items()
         }
         results['ImageNet-C'] = corruption_errors(errors)
-    if distributed.world()[0] == 0:
+    if distributed.is_first():
         table = format_table(results)
         print(table)
         with as_input_error():

@@ -42,9 +42,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 def run_job(main, parser, argv=None):
     """Parse the flags and run a job, main(args).
 
-    An InputError becomes one line and exit code 2; a RunError, a training that diverged, a GPU
-    without memory or a lost loader worker one line and exit code 1. Anything else is a bug and
-    keeps its stack trace.
+    InputError: one line and exit code 2. RunError, a training that diverged, a GPU out of memory,
+    a lost loader worker: one line and exit code 1. Anything else is a bug and keeps its trace.
     """
     if hasattr(sys.stdout, 'reconfigure'):  # a notebook's has none
         sys.stdout.reconfigure(errors='backslashreplace')  # names of files need not be UTF-8
@@ -56,42 +55,32 @@ def run_job(main, parser, argv=None):
     try:
         main(args)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads the output, such as head, has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 128 + signal.SIGPIPE
     except SystemExit as request:
         code = request.code or 0
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
+    except BrokenPipeError:  # whoever reads the output, such as head, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
     except (InputError, FloatingPointError) as error:  # on all processes alike
         code = 2 if isinstance(error, InputError) else 1
         message = str(error) if distributed.local_rank() == 0 else None
     except RuntimeError as error:
-        code, message = 1, f'process {distributed.world()[0]}: {error}'
-        if 'DataLoader worker' in message:  # torch raises this wherever we are when a worker dies
-            message += '; memory may have run out: try fewer --num_workers, or a larger /dev/shm'
-        elif isinstance(error, torch.OutOfMemoryError):
-            message = f'{message.splitlines()[0]}; try a smaller --batch_size'
-        elif not isinstance(error, RunError):
+        known = isinstance(error, (RunError, torch.OutOfMemoryError))
+        if not known and 'DataLoader worker' not in str(error):
             raise
+        code, message = 1, f'process {distributed.world()[0]}: {str(error).splitlines()[0]}'
     if message:
         print(f'{parser.prog}: error: {message}', file=sys.stderr)
-    if code or distributed.joined:
-        leave(code)
-
-
-def leave(code):
-    """Exit, at once where Python's clean-up could hang or abort.
-
-    It could wait forever for a lock that a killed loader worker holds, or abort when a thread of
-    gloo needs the GIL to free a tensor.
-    """
-    if not multiprocessing.active_children() and not distributed.joined:
+    if distributed.joined or (code and multiprocessing.active_children()):
+        # Python's clean-up could wait forever for a lock that a killed worker holds, or abort when
+        # a thread of gloo needs the GIL to free a tensor.
+        data.kill_workers()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
         sys.exit(code)
-    data.kill_workers()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 # --- Types of flags -------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ class Saver:
 
         required: it is the last of this run; raises RunError if it cannot be written.
         """
-        if distributed.world()[0] != 0:
+        if not distributed.is_first():
             return
         self.saved_at = time.monotonic()
         state = {

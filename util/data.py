@@ -182,7 +182,7 @@ class Loader:
         """RunError if count unreadable images, the sum over all processes, are too many."""
         total = len(self.samples)
         if count == total or count > max(BAD_ALWAYS, BAD_SHARE * total):
-            if distributed.world()[0] != 0:  # rank 0 speaks for all
+            if not distributed.is_first():  # rank 0 speaks for all
                 raise SystemExit(1)
             raise RunError(f'{count} of {total} images cannot be read')
 

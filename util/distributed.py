@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from util.errors import InputError, RunError, as_input_error
+from util.errors import InputError, as_input_error
 
 # DistributedDataParallel would destroy a group while it holds the GIL, which gloo's threads may
 # need to free their last tensors: groups are kept until the process ends (args.leave).
@@ -17,11 +17,15 @@ joined = []
 
 
 def world():
-    """(rank, world size), as torchrun or srun set them; nothing is started. Raises InputError."""
-    for size in ('OMPI_COMM_WORLD_SIZE', 'PMI_SIZE'):
-        if int(os.environ.get(size, 1)) > 1 and 'WORLD_SIZE' not in os.environ:
-            raise InputError(f'{size} is set: mpirun would train models apart; start with torchrun')
+    """(rank, world size), as torchrun or srun set them. Raises InputError under mpirun alone."""
+    mpi = os.environ.get('OMPI_COMM_WORLD_SIZE', os.environ.get('PMI_SIZE', '1'))
+    if mpi != '1' and 'WORLD_SIZE' not in os.environ:
+        raise InputError(f'mpirun would train {mpi} models, each alone; start with torchrun')
     return variable('RANK', 'SLURM_PROCID', 0), variable('WORLD_SIZE', 'SLURM_NTASKS', 1)
+
+
+def is_first():
+    return world()[0] == 0
 
 
 def local_rank():
@@ -38,7 +42,7 @@ def variable(name, slurms, default):
 def start(name):
     """Join the other processes, if there are any, and return this process's torch.device.
 
-    name: 'auto', 'cuda', 'cuda:1', 'mps' or 'cpu'. Raises InputError or RunError where it cannot.
+    name: 'auto', 'cuda', 'cuda:1', 'mps' or 'cpu'. Raises InputError where there is none.
     """
     torch.set_float32_matmul_precision('high')  # TF32 where the device has it
     if name == 'auto':
@@ -65,16 +69,12 @@ def join_group(device_type):
     rank, world_size = world()
     if not {'MASTER_ADDR', 'MASTER_PORT'} <= os.environ.keys():
         raise InputError(
-            f'the environment speaks of {world_size} processes; start them with torchrun, or with '
-            'srun after setting MASTER_ADDR and MASTER_PORT; one alone: unset SLURM_NTASKS'
+            f'{world_size} processes, but no MASTER_ADDR and MASTER_PORT: start with torchrun, or '
+            'set them for srun; for one process alone unset SLURM_NTASKS'
         )
     # gloo beside nccl, as processes tell each other numbers and stop requests on the CPU
     backend = 'cpu:gloo,cuda:nccl' if device_type == 'cuda' else 'gloo'
-    try:
-        dist.init_process_group(backend, rank=rank, world_size=world_size)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise RunError(f'the {world_size} processes cannot connect: {reason}') from None
+    dist.init_process_group(backend, rank=rank, world_size=world_size)
     joined.append(dist.group.WORLD)
     barrier()
 

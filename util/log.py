@@ -30,7 +30,7 @@ class Log:
     def __init__(self, args, schedule, device, start):
         self.args, self.schedule, self.device = args, schedule, device
         self.failed, self.skipped = False, 0
-        self.enabled = distributed.world()[0] == 0
+        self.enabled = distributed.is_first()
         if not self.enabled:
             return
         from torch.utils.tensorboard import SummaryWriter  # a second to import, for one process
