@@ -156,9 +156,12 @@ def load_classifier(args, device):
 def report(args, device):
     """--eval: evaluate the classifier of --init_from, print the result, and write --report.
 
-    Where the images are of only some of its classes, only their logits count.
+    Where the images are of only some of its classes, only their logits count. Of the data that it
+    was trained on, the images that --val_share held out are evaluated.
     """
     model, settings = load_classifier(args, device)
+    if args.data_path == settings.args.get('data_path') and not args.val_share:
+        args.val_share = settings.args.get('val_share', 0.0)  # what was held out, not all
     _, source = sources.open_sources(args, settings.sizes, labelled=True, only_val=True)
     num_classes, known = len(model.head.weight), settings.classes or source.classes
     if len(known) != num_classes:
