@@ -18,11 +18,9 @@ from safetensors import safe_open
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed, resample_abs_pos_embed, to_2tuple
 
-from models_mff import ENCODER, MODELS, MaskedAutoencoderMFF, create_encoder, model_sizes
+from models_mff import DECODER, ENCODER, MODELS, MaskedAutoencoderMFF, create_encoder, model_sizes
 from util import distributed
 from util.errors import InputError, as_input_error
-
-DECODER = ('decoder_embed_dim', 'decoder_depth', 'decoder_num_heads', 'fuse_layers')
 
 # --- A file ---------------------------------------------------------------------------------------
 
@@ -79,22 +77,25 @@ def read_file(path):
 # --- A folder, or a name on the hub ---------------------------------------------------------------
 
 
+FILES = ('model.safetensors', 'pytorch_model.bin')
+CONFIGS = ('preprocessor_config.json', 'config.json')
+
+
 def read_with_config(path):
     """What a file, or a folder of transformers or timm, holds; and the config.json beside it."""
     path = Path(download(path) if path.startswith('hf-hub:') else path.removeprefix('local-dir:'))
     folder, paths, content, config = path.parent, [path], {}, {}
     if path.is_dir():
-        folder, files = path, ('model.safetensors', 'pytorch_model.bin')
-        paths = [folder / f'{file}{end}' for file in files for end in ('', '.index.json')]
-        paths = [path for path in paths if path.exists()][:1]
+        folder, names = path, [f'{name}{end}' for name in FILES for end in ('', '.index.json')]
+        paths = [folder / name for name in names if (folder / name).exists()][:1]
         if not paths:
-            raise InputError(f'{folder}: a folder without {" or ".join(files)}; name a file')
+            raise InputError(f'{folder}: a folder without {" or ".join(FILES)}; name a file')
     if paths[0].name.endswith('.index.json'):
         shards = read_json(paths[0])['weight_map'].values()
         paths = [folder / shard for shard in sorted(set(shards))]
     for path in paths:
         content |= read_file(path)
-    for name in ('preprocessor_config.json', 'config.json'):
+    for name in CONFIGS:
         config |= read_json(folder / name)
     return content, config
 
@@ -110,20 +111,15 @@ def download(path):
 
     def fetch():
         try:
-            for weights in ('model*.safetensors', 'pytorch_model*.bin'):
-                patterns = [
-                    'config.json',
-                    'preprocessor_config.json',
-                    weights,
-                    f'{weights}.index.json',
-                ]
+            for file in ('model*.safetensors', 'pytorch_model*.bin'):
+                patterns = [*CONFIGS, file, f'{file}.index.json']
                 folder = snapshot_download(name, revision=revision or None, allow_patterns=patterns)
-                if any(Path(folder).glob(weights)):
+                if any(Path(folder).glob(file)):
                     break
             return folder
         except Exception as error:  # of the network, the hub and the cache: many kinds
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f'{path}: not downloaded ({reason})') from None
+            raise InputError(f'{path}: not in the cache, and not downloaded ({reason})') from None
 
     distributed.on_first(fetch)
     return fetch()  # from the cache, where the processes share it
@@ -239,29 +235,27 @@ def split_bias(state):
 
 def open_vit(content, key=None):
     """(parameters with their names, notes) of the ViT in a checkpoint. key: where, of several."""
-    vits, notes = {}, []
+    vits = {}
     for outer, value in {'': content, **content}.items():
         if isinstance(value, dict):
             wrappers = r'^((module|_orig_mod)\.)+'  # of DDP and torch.compile
             state = {re.sub(wrappers, '', str(name)): tensor for name, tensor in value.items()}
             for match in filter(None, [re.fullmatch(PATCHES, name) for name in state]):
                 vits[f'{outer}.{match[1]}'.strip('.')] = state, match[1]
+    preferred = [key] if key else ['state_dict_ema', 'model_ema', 'state_dict', 'model']
+    inside = [[at for at in vits if f'{at}.'.startswith(f'{outer}.')] for outer in preferred]
+    chosen = next(filter(None, inside), [] if key else list(vits))
     if not vits:
-        raise InputError(
-            f'no ViT is known that holds {", ".join(map(str, list(content)[:3]))}, ...'
-        )
-    for outer in [key] if key else ['state_dict_ema', 'model_ema', 'state_dict', 'model']:
-        inside = {label: vits[label] for label in vits if f'{label}.'.startswith(f'{outer}.')}
-        if inside:
-            notes = [f'its averaged weights, {outer}'] if outer.endswith('_ema') else []
-            vits = inside
-            break
-    if len(vits) > 1:
-        raise InputError(f'holds several ViTs; choose one by FILE:KEY: {", ".join(vits)}')
-    [(state, prefix)] = vits.values()
+        raise InputError(f'no known ViT (it holds {", ".join(map(str, list(content)[:3]))}, ...)')
+    if len(chosen) != 1:
+        raise InputError(f'holds these ViTs, of which FILE:KEY chooses one: {", ".join(vits)}')
+    state, prefix = vits[chosen[0]]
     if prefix not in ('', 'backbone.', 'vit.') and 'encoder.blocks.0.attn.q_bias' not in state:
-        state = {name.removeprefix(prefix): state[name] for name in state if prefix in name}
-    return state, notes
+        state = {
+            name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)
+        }
+    averaged = chosen[0].split('.')[0].endswith('_ema')
+    return state, [f'its averaged weights, {chosen[0]}'] if averaged else []
 
 
 def read(path):
@@ -286,7 +280,11 @@ def read(path):
         state = convert_state_dict(state)
         state = {name.removeprefix('encoder.'): tensor for name, tensor in state.items()}
         for name, tensor in state.items():
-            check_tensor(name, tensor)
+            dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+            counts = name.endswith('.num_batches_tracked')
+            floats = dense and tensor.ndim and tensor.is_floating_point()
+            if not counts and not (floats and tensor.isfinite().all()):
+                raise InputError(f'{name} is not a dense tensor of finite floating-point numbers')
         records = records_of(content, config)
         sizes = {name: records[name] for name in ENCODER + DECODER if name in records}
         sizes |= shown_sizes(state)
@@ -297,17 +295,8 @@ def read(path):
     except InputError as error:
         raise InputError(f'{path}: {error}') from None
     except Exception as error:  # of tensors that are no ViT's: many kinds
-        raise InputError(f'{path}: not a ViT that is known ({error!r})') from None
+        raise InputError(f'{path}: no known ViT ({error!r})') from None
     return {**records, 'sizes': sizes, 'model': state, 'path': path, 'notes': notes}
-
-
-def check_tensor(name, tensor):
-    """Raise InputError unless it is dense, of finite floating-point numbers, or a count."""
-    if name.endswith('.num_batches_tracked'):
-        return
-    dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.ndim
-    if not dense or not tensor.is_floating_point() or not tensor.isfinite().all():
-        raise InputError(f'{name} is not a dense tensor of finite floating-point numbers')
 
 
 def shown_sizes(state):
@@ -418,8 +407,8 @@ def sizes_of(file, **changes):
         changes['img_size'] = side * told['patch_size']
     sizes = model_sizes(usual, **changes)
     fused = len(state.get('fuse_logits', sizes['fuse_layers']))
-    if 'fuse_layers' not in changes and fused != len(sizes['fuse_layers']):
-        sizes['fuse_layers'] = ()
+    if fused != len(sizes['fuse_layers']) and sizes['depth'] == told['depth']:
+        sizes['fuse_layers'] = changes.get('fuse_layers', ())
     return sizes
 
 
@@ -485,11 +474,11 @@ def load(model, file, complete=False, classes=None):
     if complete and fresh:
         raise InputError(f'{path}: lacks {", ".join(fresh)} of this model')
 
-    taken = {name: taken[name] for name in taken if part_of(name) in shared}
-    shapes = [
-        {name: tuple(state[name].shape) for name in state if part_of(name) in shared}
+    taken, wanted = (
+        {name: state[name] for name in state if part_of(name) in shared}
         for state in (taken, wanted)
-    ]
+    )
+    shapes = [{name: tuple(state[name].shape) for name in state} for state in (taken, wanted)]
     odd = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
     if odd:
         there, here = (shape.get(odd[0], 'missing') for shape in shapes)
@@ -498,9 +487,7 @@ def load(model, file, complete=False, classes=None):
 
     eps = file.get('layer_norm_eps', 1e-6)
     if eps != 1e-6:
-        notes.append(
-            f'eps of LayerNorm is {eps:g} in the file' + ('' if complete else ', 1e-06 here')
-        )
+        notes.append(f'eps of LayerNorm {eps if complete else 1e-6}, and {eps} in the file')
     for module in model.modules() if complete else ():
         if isinstance(module, torch.nn.LayerNorm):
             module.eps = eps
