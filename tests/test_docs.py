@@ -11,10 +11,14 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 import main_segment
+from ablation import gpu, pretrain, run
+from tools import export, features, robustness, visualize
 
 README = (ROOT / 'README.md').read_text()
-PAGES = sorted([ROOT / 'README.md', *ROOT.glob('docs/*.md'), ROOT / 'benchmarks/README.md'])
-JOBS = {main.__name__: main for main in (main_pretrain, main_finetune, main_linprobe, main_segment)}
+PAGES = sorted([ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *ROOT.glob('docs/*.md')])
+MAINS = main_pretrain, main_finetune, main_linprobe, main_segment
+TOOLS = export, features, robustness, visualize, pretrain, run, gpu
+JOBS = {f'{main.__name__}.py': main for main in MAINS} | {tool.__name__: tool for tool in TOOLS}
 
 
 def links(page):
@@ -47,9 +51,9 @@ def commands():
     """(page, argument list) of every line of the documents that runs one of the jobs."""
     for page in PAGES:
         text = re.sub(r'\\\n\s*', '', page.read_text())
-        for line in re.findall(r'^.*\bmain_\w+\.py [^|`\n]*', text, re.M):
-            line = line[line.index('main_') :].split(' && ')[0].split('#')[0]
-            line = line.replace('IMAGE ...', 'IMAGE').replace('PATH ...', 'PATH')
+        jobs = r'main_\w+\.py|(?:tools|ablation)\.\w+'
+        for line in re.findall(rf'^.*?\b((?:{jobs}) [^|`\n]*)', text, re.M):
+            line = re.sub(r'(\w+) \.\.\.', r'\1', line.split(' && ')[0].split('#')[0])
             if not any(mark in line for mark in ('…', '...', '$FEW', '--help')):
                 yield pytest.param(line, id=f'{page.name}: {line[:70].strip()}')
 
@@ -58,14 +62,15 @@ def commands():
 def test_commands_parse(line):
     """Flags and recipes of the jobs as the documents call them."""
     name, *flags = shlex.split(line)
-    JOBS[name.removesuffix('.py')].get_parser().parse_args(flags)
+    JOBS[name].get_parser().parse_args(flags)
 
 
 def test_recipes_are_named():
     pages = ' '.join(page.read_text() for page in PAGES)
     for path in ROOT.glob('recipes/*.txt'):
         family = path.stem.split('_')[0]
-        assert path.stem in pages or f'`{family}_*`' in pages or f'_{path.stem.split("_")[-1]}`' in pages, path
+        names = path.stem, f'`{family}_*`', f'_{path.stem.split("_")[-1]}`'
+        assert any(name in pages for name in names), path
 
 
 def test_promises_name_tests_that_exist():
