@@ -1,6 +1,7 @@
 """The errors that a user sees as one line. This module imports nothing of ours."""
 
 import contextlib
+import os
 
 INTERRUPTED = 75  # exit code of a run that was asked to stop and has saved
 
@@ -23,6 +24,7 @@ def as_input_error(path=None):
     try:
         yield
     except OSError as error:
-        raise InputError(f'{path or error.filename}: {error.strerror}') from None
+        where = path or os.fsdecode(error.filename or '')
+        raise InputError(f'{where}: {error.strerror}') from None
     except ValueError as error:
         raise InputError(f'{path}: {error}' if path else str(error)) from None
