@@ -38,7 +38,10 @@ def as_shown(content, mode='RGB'):
 # --- Formats: as PIL shows them -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('kind', 'JPEG PNG WEBP BMP TIFF PPM GIF AVIF JPEG2000'.split())
+KINDS = {'JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'PPM', 'GIF', 'AVIF', 'JPEG2000'}
+
+
+@pytest.mark.parametrize('kind', sorted(KINDS & Image.SAVE.keys()))
 def test_formats(kind):
     content = saved(PICTURE, kind)
     image = images.decode(content)
@@ -136,7 +139,7 @@ def test_16_bits_keep_their_upper_8(kind):
 
 
 @pytest.mark.parametrize(
-    'white, dtype', [(4095, np.uint16), (100_000, np.int32), (1, np.float32), (5e4, np.float32)]
+    'white, dtype', [(4095, np.uint16), (100_000, np.int32), (1, np.float32), (255, np.float32)]
 )
 def test_max_value_is_white(white, dtype):
     pixels = (RAMP * white).astype(dtype)
@@ -147,6 +150,8 @@ def test_max_value_is_white(white, dtype):
     for content in (saved(pixels, 'TIFF'), as_npy(pixels)):
         with pytest.raises(ValueError, match='outside 0'):
             images.decode(content, 1, max_value=white / 2)
+    if white == 255:  # of floating-point files without the flag
+        assert torch.equal(image, images.decode(saved(pixels, 'TIFF'), 1))
 
 
 @pytest.mark.parametrize(
@@ -162,11 +167,6 @@ def test_max_value_is_white(white, dtype):
 def test_values_that_would_be_clipped_are_refused(pixels, problem):
     with pytest.raises(ValueError, match=problem):
         images.decode(saved(pixels, 'TIFF'))
-
-
-def test_floats_of_0_to_255_are_8_bits():
-    image = images.decode(saved((RAMP * 255).astype(np.float32), 'TIFF'), 1)
-    assert np.abs(image[0].numpy() - RAMP * 255).max() <= 0.51
 
 
 def test_used_range():
@@ -248,16 +248,6 @@ def test_transparent_colours(content, background):
     expected = COLOURS * share + np.array(background) * (1 - share)
     assert abs(image - expected).max() <= 2
     assert abs(grey - expected @ [0.299, 0.587, 0.114]).max() <= 2
-
-
-def test_transparent_greys():
-    values = np.array([[70, 0], [70, 255], [0, 128], [200, 64]])
-    expected = (values[:, 0] * values[:, 1] + 255 * (255 - values[:, 1])) / 255
-    eight_bits = saved(Image.fromarray(values[None].astype(np.uint8), 'LA'), 'PNG')
-    for content in (eight_bits, png_16_bits(4, values * 257)):
-        for in_chans in (1, 3):
-            image = images.decode(content, in_chans)[:, 0].numpy()
-            assert abs(image - expected).max() <= 1
 
 
 def test_a_value_that_a_png_declares_transparent():

@@ -35,8 +35,7 @@ def open_sources(args, sizes, labelled=False, only_val=False, opener=None):
         only_val: the training source is None, and --data_path may be the validation images.
         opener: path -> (training source, validation source or None); for segmentation.
 
-    Raises:
-        InputError: if images or labels are missing, or none of the first images can be read.
+    Raises InputError if images or labels are missing, or none of those tried can be read.
     """
     options = {'in_chans': sizes['in_chans'], 'background': tuple(args.background)}
     make = partial(Images, options | {'max_value': getattr(args, 'max_value', None)})
@@ -93,7 +92,7 @@ def check_first(source):
         except Exception as error:
             problem = error
     if source.dtype is None:
-        raise InputError(f'{source.root}: none of 16 images can be read, such as {problem}')
+        raise InputError(f'{source.root}: none of the images tried can be read: {problem}')
     shares = [share for share in shares if share is not None]
     if shares and max(shares) < 0.25 and not source.options['max_value']:
         raise InputError(
@@ -334,8 +333,8 @@ def create_torchvision(path, create, choices):
             except (RuntimeError, OSError) as error:
                 problem = ' '.join(str(getattr(error, 'reason', error)).split())
         else:
-            how = 'start once without torchrun' if len(downloads) == 1 else 'the download failed'
-            raise InputError(f'{path}: not in --download_dir; {how}: {problem}')
+            how = ' (start once without torchrun)' if len(downloads) == 1 else ''
+            raise InputError(f'{path}: not in --download_dir, no download{how}: {problem}')
     return None
 
 
@@ -349,7 +348,7 @@ def from_torchvision(path, dataset, make):
         labels = np.array([label for *_, label in dataset._samples])
     if labels is not None:
         names = getattr(dataset, 'classes', None) or getattr(dataset, 'categories', None)
-        names = names or range(1 + labels.max())  # SVHN, for one, only numbers them
+        names = names or range(1 + labels.max())  # SVHN only numbers them
         classes = [', '.join(name) if isinstance(name, tuple) else str(name) for name in names]
     names = np.arange(len(dataset)).astype(bytes)
     return make(path, names, partial(read_pair, dataset), classes=classes, labels=labels)
@@ -382,19 +381,18 @@ def open_table(path, args, make):
 
 
 def from_table(path, tables, key, make, split):
-    """The images of a split: its first column of images, or of their paths relative to `path`.
+    """The images of a split: the first column of type Image, or else `image` or `img`.
 
-    Their classes are the column `key`, or else the first ClassLabel.
+    Paths are relative to `path`. The classes are the column `key`, or else the first ClassLabel.
     """
     from datasets import ClassLabel, Image
 
     table, root = tables[split], f'{path}/{split}'
     features = table.features
     columns = [name for name in features if isinstance(features[name], Image)]
-    if not columns and len(table):
-        columns = [name for name, value in table[0].items() if is_image(value)]
-    if not columns:
-        raise InputError(f'{root}: no images in its columns {shorten(table.column_names)}')
+    columns += [name for name in ('image', 'img') if name in features]  # bytes or paths
+    if not columns or not len(table):
+        raise InputError(f'{root}: {len(table)} rows, no image in {shorten(table.column_names)}')
     keys = [key] if key in features else []
     keys += [name for name in features if isinstance(features[name], ClassLabel)]
     classes, class_names = None, ()
@@ -407,12 +405,6 @@ def from_table(path, tables, key, make, split):
     names = np.arange(len(table)).astype(bytes)
     table = table.select_columns(columns[:1]).cast_column(columns[0], Image(decode=False))
     return make(root, names, partial(read_cell, table, path), class_names, classes)
-
-
-def is_image(value):
-    if isinstance(value, dict):
-        return 'bytes' in value
-    return isinstance(value, bytes) or str(value).lower().endswith(EXTENSIONS)
 
 
 def read_cell(table, folder, source, index):
