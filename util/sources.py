@@ -372,7 +372,8 @@ def open_table(path, args, make):
         else:
             tables = datasets.load_dataset(name, config or None)
     except Exception as error:  # it raises many kinds
-        raise InputError(f'{path}: {str(error).strip().splitlines()[0]}') from None
+        problem = ' '.join(str(error).split()) or type(error).__name__
+        raise InputError(f'{path}: {problem}') from None
     tables = tables if isinstance(tables, dict) else {'train': tables}
     train, val = choose_splits(tables) or (list(tables), [None])
     key = getattr(args, 'label_key', 'label')
