@@ -184,7 +184,7 @@ class MaskedAutoencoderMFF(nn.Module):
     def prepend_cls(self, x):
         """x (N, V, D) -> (N, 1+V, D)."""
         cls_token = self.cls_token + self.pos_embed[:, :1]
-        return torch.cat([cls_token.expand(len(x), -1, -1), x], dim=1)
+        return torch.cat([cls_token.expand(x.shape[0], -1, -1), x], dim=1)
 
     def fuse(self, levels):
         """z = sum_k softmax(w)_k P_k(x_k): K times (N, 1+V, D) -> (N, 1+V, D). Figure 3."""
