@@ -12,6 +12,7 @@ import random
 import signal
 import sys
 import time
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -156,7 +157,8 @@ class Loader:
 
     def __next__(self):
         """The next batch of the training run."""
-        self.stream = self.stream or iter(self)
+        if self.stream is None:  # not in a circle with its loader: its workers end with that
+            self.stream = Loader.__iter__(weakref.proxy(self))
         asked = self.now()
         batch = next(self.stream)
         self.waits.append((asked, self.now()))
