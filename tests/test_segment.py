@@ -614,7 +614,7 @@ MISTAKES = {  # what is changed in the folder, flags, what the line has to say
     '0 and 255': (spoil(lambda m: m.point(lambda v: 255 * (v > 0))), ['--ignore_label', 3],
                   r'\[0, 255\].*not as \[255\]'),
     'number too high': (spoil(lambda m: m.point(lambda v: 12)), [], r'\[12\].*11 classes'),
-    '11 is a class': (nothing, ['--ignore_label', 255], r'not as \[11\]; --ignore_label'),
+    '11 is a class': (nothing, ['--ignore_label', 255], r'not as \[11\].*--ignore_label'),
     'too few classes': (nothing, ['--num_classes', 3], r'3 classes from 0, and not as \[3, '),
     'no validation': (lambda root: (root / 'images/val').rename(root / 'val'), [], '--val_share'),
     'gaps': (nothing, ['--stride', 17], '--stride'),

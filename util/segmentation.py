@@ -53,13 +53,8 @@ ADE20K = (
 def open_pairs(path, args, sizes, classes=None):
     """(training pairs, validation pairs or None) of what --data_path or --val_path names.
 
-    Args:
-        args: with num_classes, ignore_label, reduce_zero_label.
-        sizes: the model's, with 'in_chans' and 'img_size' (H, W).
-        classes: of a checkpoint, for data that does not name its own.
-
-    Raises:
-        InputError: if pairs or classes are missing, or masks do not fit the classes.
+    classes: of a checkpoint, for data that does not name its own. Raises InputError if images,
+    masks or classes are missing, or masks hold numbers that are no classes.
     """
     if path == 'shapes':
         return ShapePairs('train', sizes['img_size']), ShapePairs('val', sizes['img_size'])
@@ -71,8 +66,8 @@ def open_pairs(path, args, sizes, classes=None):
             f'{folder}: {len(names)} images, of the classes {classes}; name two or more on the '
             f'lines of {path}/classes.txt, or give --num_classes N'
         )
-    splits = [names[chosen] for _, chosen in find_splits(folder, names, labelled=False)]
-    pairs = [Pairs(path, split, classes, args, sizes['in_chans']) for split in splits]
+    splits = find_splits(folder, names, labelled=False)
+    pairs = [Pairs(path, names[part], classes, args, sizes['in_chans']) for _, part in splits]
     return (*pairs, None)[:2]
 
 
@@ -91,26 +86,22 @@ def find_classes(root, num_classes):
 
 
 class Pairs(Images):
-    """Pairs below a folder: images/NAME.jpg, or another ending, and masks/NAME.png.
+    """images/NAME.jpg, or another ending, and masks/NAME.png below a folder.
 
-    Args:
-        names: of the images, bytes, relative to root/images.
-        args: with ignore_label, reduce_zero_label, background, max_value.
+    names: of the images, bytes, relative to root/images.
     """
 
     def __init__(self, root, names, classes, args, in_chans):
-        options = {'in_chans': in_chans, 'background': tuple(args.background)}
-        options['max_value'] = args.max_value
-        paths = [b'images/' + name for name in names]
-        super().__init__(options, root, paths, read_file)
+        options = dict(in_chans=in_chans, background=args.background, max_value=args.max_value)
+        super().__init__(options, root, [b'images/' + name for name in names], read_file)
         self.classes = classes
         has_annotations = os.path.isdir(os.path.join(root, 'annotations'))  # as in ADE20K
         self.folder = os.path.join(root, 'annotations' if has_annotations else 'masks')
         self.masks = np.array([os.path.splitext(name)[0] + b'.png' for name in names])
         alone = set(self.masks.tolist()) - set(list_files(self.folder, ('.png',)))
         if alone:
-            name = os.fsdecode(min(alone))
-            raise InputError(f'{len(alone)} images lack a mask, such as {self.folder}/{name}')
+            missing = os.path.join(self.folder, os.fsdecode(min(alone)))
+            raise InputError(f'{len(alone)} images lack their mask, such as {missing}')
         reduce_zero = args.reduce_zero_label
         reduce_zero = classes == ADE20K if reduce_zero is None else reduce_zero
         self.table = number_table(args.ignore_label, reduce_zero)
@@ -138,8 +129,8 @@ class Pairs(Images):
 
     def check_numbers(self, ignore, count=16):
         """Look at masks spread over the set; InputError if some numbers seem to be no classes."""
-        numbers, tried = set(), np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
-        for index in tried:
+        numbers = set()
+        for index in range(0, len(self), -(-len(self) // count)):
             with contextlib.suppress(ValueError):  # an unreadable one; training counts these
                 numbers.update(np.unique(self.numbers(index)[1]).tolist())
         classes = {number: self.table[number] for number in sorted(numbers)}
@@ -148,9 +139,9 @@ class Pairs(Images):
             wrong.append(IGNORE)  # as in masks of 0 and 255
         if wrong:
             raise InputError(
-                f'{self.folder}: {len(tried)} masks hold the numbers {list(classes)}; number the '
-                f'{len(self.classes)} classes from 0, and not as {wrong}; --ignore_label N says '
-                'what to ignore, and --reduce_zero_label that classes count from 1'
+                f'{self.folder}: some masks hold {list(classes)}; number the {len(self.classes)} '
+                f'classes from 0, and not as {wrong}; or say by --ignore_label N what to ignore, '
+                'or by --reduce_zero_label that classes count from 1'
             )
 
 
@@ -193,9 +184,8 @@ def transform_pair(image, mask, size, scale, ratios=(0.5, 2.0)):
 
     What is beside the image has to become 0 after normalisation: fill_padding does it.
 
-    Args:
-        size: (H, W), of the crop.
-        scale: (long, short) side that images are fitted into, times a random one of ratios' range.
+    size: (H, W), of the crop. scale: (long, short) side that images are fitted into, times a random
+    number in the range of ratios.
     """
     fitted = fitted_size(image.shape[-2:], scale, random.uniform(*ratios))
     image = functional.resize(image, fitted, antialias=False)  # as cv2, to one level
@@ -314,14 +304,10 @@ def loss_sum(logits, masks):
 def segment(model, imgs, size, window, stride, scale, ratios=(1.0,), flip=False):
     """The class of every pixel: imgs (1, C, h, w) normalised -> (1, *size).
 
-    Rows are enlarged first, then columns, a strip at a time: 150 classes of a large photo would not
-    fit into memory.
-
     Args:
         window, stride: (H, W), of the sliding window, which is the model's input.
         scale: (long, short) side that images are fitted into.
-        ratios: of the scale: the probabilities of several are averaged.
-        flip: and those of the mirrored image.
+        ratios, flip: average the probabilities at several scales, and of the mirrored image.
     """
     maps = []  # of scales and mirror images: (1, K, H, w)
     for ratio in ratios:
@@ -330,8 +316,8 @@ def segment(model, imgs, size, window, stride, scale, ratios=(1.0,), flip=False)
         for mirrored in (False, True) if flip else (False,):
             logits = slide(model, resized.flip(-1) if mirrored else resized, window, stride)
             maps.append(enlarge(logits.flip(-1) if mirrored else logits, (size[0], fitted[1])))
-    rows = max(1, int(CHUNK_BYTES / (4 * maps[0].shape[1] * size[1])))
-    strips = []
+    # Rows come first, then columns of a strip: 150 classes of a large photo would not fit.
+    rows, strips = max(1, int(CHUNK_BYTES / (4 * maps[0].shape[1] * size[1]))), []
     for parts in zip(*(logits.split(rows, dim=2) for logits in maps)):
         probabilities = sum(enlarge(part, (part.shape[2], size[1])).softmax(1) for part in parts)
         strips.append(probabilities.argmax(1))
