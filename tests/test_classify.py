@@ -1,19 +1,23 @@
-"""Fine-tuning and probing: against the reference's tensors, formulas and libraries, and as whole runs."""
+"""Fine-tuning and probing: the reference's tensors, formulas and libraries, and whole runs."""
 
-import re
-import shutil
+import csv
+import json
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import Result, command
+from conftest import Processes, Result, close_weights, our_names, same_weights
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy
 from timm.models.vision_transformer import VisionTransformer
 
-import engine
+import engine_classify
 import main_finetune
 import main_linprobe
 from models_mff import MODELS, create_encoder, model_sizes
-from util import mix
+from util import data
 from util.optim import param_groups
 from util.weights import convert_state_dict
 
@@ -25,12 +29,17 @@ def reference():
 
 def tiny_encoder(c, global_pool):
     return VisionTransformer(
-        img_size=c['img'], patch_size=c['patch'], embed_dim=c['dim'], depth=c['depth'], num_heads=c['heads'],
-        num_classes=0, global_pool=global_pool,
-    )  # fmt: skip
+        img_size=c['img'],
+        patch_size=c['patch'],
+        embed_dim=c['dim'],
+        depth=c['depth'],
+        num_heads=c['heads'],
+        num_classes=0,
+        global_pool=global_pool,
+    )
 
 
-# --- Against mmpretrain's tensors and formulas ------------------------------------------------------------------
+# --- Against mmpretrain's tensors and formulas ----------------------------------------------------
 
 
 def test_fine_tuning_is_the_reference(reference):
@@ -44,31 +53,37 @@ def test_fine_tuning_is_the_reference(reference):
     groups = param_groups(model, 0.05, layer_decay=0.65)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     scales = {names[id(p)]: group['lr_scale'] for group in groups for p in group['params']}
-    undecayed = {names[id(p)] for group in groups if not group['weight_decay'] for p in group['params']}
-    assert scales == pytest.approx(convert_state_dict(expected['lr_scale']), rel=1e-12)
-    assert undecayed == convert_state_dict(dict.fromkeys(expected['no_decay'])).keys()
+    undecayed = {
+        names[id(p)] for group in groups if not group['weight_decay'] for p in group['params']
+    }
+    assert scales == pytest.approx(our_names(expected['lr_scale'], expected['state']), rel=1e-12)
+    assert undecayed == our_names(dict.fromkeys(expected['no_decay']), expected['state']).keys()
     assert sum(len(group['params']) for group in groups) == len(names)
 
 
 def test_linear_probe_is_the_reference(reference):
     expected = reference['linprobe']
-    model = main_linprobe.LinearProbe(tiny_encoder(reference['config'], 'token'), reference['config']['classes'])
+    model = engine_classify.LinearProbe(
+        tiny_encoder(reference['config'], 'token'), reference['config']['classes']
+    )
     state = convert_state_dict(expected['state'])
-    state = {name if name.startswith(('bn.', 'head.')) else f'backbone.{name}': value for name, value in state.items()}
-    model.load_state_dict(state)
+    encoder = [name for name in state if not name.startswith(('bn.', 'head.'))]
+    model.load_state_dict(state | {f'backbone.{name}': state.pop(name) for name in encoder})
     assert torch.allclose(model.eval()(expected['imgs']), expected['logits'], atol=1e-5)
 
 
 @pytest.mark.parametrize('weight_decay', [0.0, 0.1])
 def test_lars_is_the_formula(weight_decay):
-    """You et al. (2017) as MAE uses it: only the weight's step is scaled by 0.001 |w| / |g|, and only it may decay."""
+    """You et al. (2017) as MAE uses it: 0.001 |w| / |g| scales only the weight's step."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(5, 3)
     optimizer = main_linprobe.create_lars(layer, lr=0.7, momentum=0.9, weight_decay=weight_decay)
     values = {name: p.detach().double().clone() for name, p in layer.named_parameters()}
     buffers = dict.fromkeys(values, 0.0)
     for step in range(30):
-        lr = optimizer.param_groups[0]['lr'] = optimizer.param_groups[1]['lr'] = 0.7 * (1 - step / 40)
+        lr = 0.7 * (1 - step / 40)
+        for group in optimizer.param_groups:
+            group['lr'] = lr
         inputs = torch.randn(8, 5)
         optimizer.zero_grad()
         layer(inputs).square().mean().backward()
@@ -85,37 +100,124 @@ def test_lars_is_the_formula(weight_decay):
 
 
 def test_head_and_drop_path():
-    model = create_encoder(MODELS['vit_base_patch16'] | {'in_chans': 3}, drop_path=0.1)
+    model = create_encoder(MODELS['vit_base_patch16'], drop_path=0.1)
     rates = [getattr(block.drop_path1, 'drop_prob', 0.0) for block in model.blocks]
     assert rates == pytest.approx([0.1 * i / 11 for i in range(12)])
     main_finetune.give_head(model, 1000)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(86.57e6, rel=1e-4)
-    assert model.head.weight.std().item() == pytest.approx(2e-5, rel=0.02) and (model.head.bias == 0).all()
+    assert (
+        model.head.weight.std().item() == pytest.approx(2e-5, rel=0.02)
+        and (model.head.bias == 0).all()
+    )
     assert model.head.weight.abs().max() < 2
 
 
-# --- Whole runs -------------------------------------------------------------------------------------------------
+# --- Loss -----------------------------------------------------------------------------------------
 
-STRONG = '--mixup 0.8 --cutmix 1.0 --drop_path 0.2'.split()
+
+def test_class_weights_by_hand():
+    """30, 10 and 1 images: 1, 3 and 30, at most 10 times; divided by their mean over the images."""
+    source = Namespace(labels=np.repeat([0, 1, 2], [30, 10, 1]), classes=['a', 'b', 'c'])
+    weights = engine_classify.class_weights(source)
+    mean = (30 * 1 + 10 * 3 + 1 * 10) / 41
+    assert weights.tolist() == pytest.approx([1 / mean, 3 / mean, 10 / mean])
+    args, cpu = Namespace(class_weights=True), torch.device('cpu')
+    weighted = engine_classify.create_criterion(args, source, cpu, smoothing=0.1)
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
+    soft = 0.9 * torch.eye(3)[labels] + 0.1 / 3
+    by_hand = -(soft * weights * logits.log_softmax(1)).sum(1).mean()
+    assert weighted(logits, labels).item() == pytest.approx(by_hand.item())
+    same = Namespace(labels=np.array([0, 1, 2]), classes=['a', 'b', 'c'])  # equal counts: no change
+    usual = LabelSmoothingCrossEntropy(0.1)(logits, labels).item()
+    equal = engine_classify.create_criterion(args, same, cpu, smoothing=0.1)
+    assert equal(logits, labels).item() == pytest.approx(usual)
+
+
+def test_mixing_is_timms_by_the_seed_of_the_step(finetune, monkeypatch):
+    """The images and targets that a step trains on, from the seed of (seed, step, first image)."""
+    seen = []
+
+    class Recorded(Mixup):
+        def __call__(self, imgs, labels):
+            before = imgs.clone(), labels.clone()
+            after = super().__call__(imgs, labels)
+            seen.append((*before, after[0].clone(), after[1]))
+            return after
+
+    monkeypatch.setattr(main_finetune, 'Mixup', Recorded)
+    finetune('run', '--epochs', '1', '--batch_size', '8')
+    ours = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=10)
+    assert len(seen) == 8
+    for number, (imgs, labels, mixed, targets) in enumerate(seen):
+        data.seed_generators(0, number // 2, 8 * (number % 2))
+        expected = ours(imgs, labels)
+        assert torch.equal(expected[0], mixed) and torch.equal(expected[1], targets)
+
+
+# --- Whole runs -----------------------------------------------------------------------------------
+
+PLAIN = '--mixup 0 --cutmix 0 --drop_path 0'.split()
 
 
 def test_fine_tuning_learns(finetune):
-    flags = '--mixup 0 --cutmix 0 --smoothing 0 --aa none --reprob 0 --epochs 8 --layer_decay 1'
-    losses = list(finetune('run', *flags.split()).losses.values())
+    flags = '--smoothing 0 --aa none --reprob 0 --epochs 8 --layer_decay 1 --class_weights'
+    losses = list(finetune('run', *PLAIN, *flags.split()).losses.values())
     assert sum(losses[-4:]) < 0.95 * sum(losses[:4])
 
 
 @pytest.mark.parametrize('job', ['finetune', 'linprobe'])
-def test_the_best_checkpoint_has_the_best_weights(job, request, monkeypatch):
-    """Accuracies of our own: the best is after two of four epochs, and stays it on resuming for a fifth."""
+def test_workers_and_interruptions_change_nothing(job, request, stop_at, tmp_path):
     start = request.getfixturevalue(job)
-    scores = iter([30.0, 50.0, 40.0, 50.0, 50.0, 45.0])  # on resuming, the last evaluation comes again
-    metrics = {'val_loss': 1.0, 'val_top5': 90.0}
-    monkeypatch.setattr(engine, 'evaluate_classifier', lambda *_: {'val_top1': next(scores), **metrics})
+    whole = start('whole')
+    stop_at(6, start, 'cut', '--num_workers', '2')
+    assert same_weights(start('cut'), whole)
+
+
+@pytest.mark.parametrize('job', [main_finetune, main_linprobe], ids=lambda job: job.__name__)
+def test_processes_change_nothing_at_the_same_batch_on_a_device(job, small_run, tmp_path):
+    """Mixup, drop path and augmentation of one process with two micro-batches, and of two."""
+    flags = ['--batch_size', '8', '--lr', '1e-3']
+    if job is main_linprobe:  # BatchNorm's statistics are those of rank 0's images
+        flags = ['--batch_size', '16', '--lr', '0.5']
+    one = Processes(job, small_run('one', *flags))
+    assert one.wait() == [0], one.printed(errors=True)
+    two = Processes(job, *[small_run('two', *flags)] * 2)
+    assert two.wait() == [0, 0], two.printed(errors=True)
+    if job is main_finetune:
+        assert close_weights(Result(tmp_path / 'one'), Result(tmp_path / 'two'))
+    values = [Result(tmp_path / name).entries[-1] for name in ('one', 'two')]
+    assert values[0].keys() == values[1].keys() and 'val_balanced' in values[0]
+
+
+@pytest.mark.parametrize('job, flags', [('finetune', []), ('linprobe', [])])
+def test_another_batch_on_a_device_does_not_resume(job, flags, request, capsys):
+    start = request.getfixturevalue(job)
+    start('run', '--epochs', '1')
+    with pytest.raises(SystemExit):
+        start('run', '--epochs', '1', '--batch_size', '8')
+    assert 'images on a device 16 -> 8' in capsys.readouterr().err
+
+
+def test_plain_fine_tuning_resumes_with_another_batch_on_a_device(finetune):
+    whole = finetune('whole', *PLAIN)
+    finetune('cut', *PLAIN, '--keep_every', '1')
+    half = str(whole.output_dir.parent / 'cut/checkpoint-0001.pth')
+    resumed = finetune('again', *PLAIN, '--resume', half, '--keep_every', '1', '--batch_size', '8')
+    assert close_weights(resumed, whole)
+
+
+@pytest.mark.parametrize('job', ['finetune', 'linprobe'])
+def test_the_best_checkpoint_has_the_best_weights(job, request, monkeypatch):
+    """Accuracies of our own: the best is after two of four epochs, and stays it on resuming."""
+    start = request.getfixturevalue(job)
+    scores = iter([30.0, 50.0, 40.0, 50.0, 50.0, 45.0])  # on resuming, the last comes again
+    values = {'val_loss': 1.0, 'val_balanced': 10.0}
+    monkeypatch.setattr(
+        engine_classify, 'evaluate', lambda *_: (values | {'val_top1': next(scores)}, {'bar': 1.0})
+    )
     result = start('run', '--epochs', '4', '--keep_every', '1')
     second = torch.load(result.output_dir / 'checkpoint-0002.pth', weights_only=True)['model']
-    last = result.checkpoint
-    assert not torch.equal(last['model']['head.weight'], second['head.weight']) and last['best_top1'] == 50
+    assert not torch.equal(result.checkpoint['model']['head.weight'], second['head.weight'])
 
     def check():
         best = torch.load(result.output_dir / 'checkpoint-best.pth', weights_only=True)
@@ -128,206 +230,166 @@ def test_the_best_checkpoint_has_the_best_weights(job, request, monkeypatch):
     check()
 
 
-def test_another_folder_has_a_best_checkpoint_of_its_own(finetune, monkeypatch):
-    """A run that resumes from elsewhere does not count the best of there, which is not in its folder."""
-    scores = iter([50.0, 30.0, 40.0])
-    metrics = {'val_loss': 1.0, 'val_top5': 90.0}
-    monkeypatch.setattr(engine, 'evaluate_classifier', lambda *_: {'val_top1': next(scores), **metrics})
-    first = finetune('run', '--epochs', '1')
-    other = finetune(
-        'other', '--epochs', '2', '--force_resume', '--resume', str(first.output_dir / 'checkpoint-last.pth')
-    )
-    assert other.checkpoint['best_top1'] == 40 and (other.output_dir / 'checkpoint-best.pth').exists()
-
-    monkeypatch.setattr(engine, 'evaluate_classifier', lambda *_: {'val_top1': 45.0, **metrics})
-    flags = ['--epochs', '2', '--force_resume', '--resume', str(first.output_dir / 'checkpoint-last.pth')]
-    assert finetune('other', *flags).checkpoint['best_top1'] == 45  # not 50, though a best checkpoint is there
-
-
 def test_other_classes_of_as_many_images_do_not_resume(finetune, folder, tmp_path, capsys):
-    images = shutil.copytree(folder, tmp_path / 'images')
-    finetune('run', '--epochs', '1', '--data_path', str(images))
+    finetune('run', '--epochs', '1')
     for split in ('train', 'val'):
-        (images / split / 'bar').rename(images / split / 'zebra')
-    with pytest.raises(SystemExit) as stopped:
-        finetune('run', '--epochs', '1', '--data_path', str(images))
-    assert stopped.value.code == 2 and 'other classes, or another order of them' in capsys.readouterr().err
-
-
-@pytest.mark.parametrize('change', ['shape', 'empty', 'groups'])
-def test_the_optimiser_of_another_run(change, finetune, capsys):
-    """A fused kernel would write beyond the end of a tensor of another shape."""
-    path = finetune('run', '--epochs', '1').output_dir / 'checkpoint-last.pth'
-    state = torch.load(path, weights_only=True)
-    if change == 'shape':
-        state['optimizer']['state'][0]['exp_avg'] = torch.zeros(3)
-    elif change == 'groups':
-        state['optimizer']['param_groups'].pop()
-    else:
-        state['optimizer'] = {}
-    torch.save(state, path)
-    with pytest.raises(SystemExit) as stopped:
-        finetune('run', '--epochs', '2', '--force_resume')
-    assert stopped.value.code == 2 and 'has the optimiser of another run' in capsys.readouterr().err
-
-
-@pytest.mark.parametrize('job', ['finetune', 'linprobe'])
-def test_workers_and_interruptions_change_nothing(job, request, kill_after_saving):
-    start = request.getfixturevalue(job)
-    flags = STRONG if job == 'finetune' else []
-    whole = start('whole', *flags)
-    assert start('workers', *flags, '--num_workers', '2').losses == whole.losses
-    kill_after_saving(start, 'cut', *flags, '--save_every', '6')
-    resumed = start('cut', *flags)
-    assert resumed.losses == whole.losses
-    for name, tensor in whole.checkpoint['model'].items():
-        assert torch.equal(tensor, resumed.checkpoint['model'][name]), name
-
-
-def test_the_batch_on_a_device_changes_nothing(finetune):
-    """Mixup, CutMix and drop path are drawn by an image's place in the total batch."""
-    losses = [finetune(f'batch{n}', *STRONG, '--batch_size', str(n)).losses for n in (16, 8, 4)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] == pytest.approx(losses[2], rel=1e-5)
-    assert losses[0] != finetune('without', '--mixup', '0', '--cutmix', '0').losses
-
-
-def test_mixing_is_timms_on_every_pair():
-    imgs, labels = torch.rand(6, 3, 8, 8), torch.tensor([0, 1, 2, 3, 4, 0])
-    mixing = mix.Mix(0.8, 1.0, 0.1, num_classes=5, seed=3)
-    ours, targets = mixing(imgs.clone(), labels, (7, 4))
-    again, _ = mixing(imgs[2:].clone(), labels[2:], (7, 6))
-    assert torch.equal(again, ours[2:])
-    for i in (0, 2, 4):  # each image is a mixture of its own and its neighbour's pixels, with the weights of its target
-        share = ((targets[i, labels[i]] - 0.02) / 0.9).item()
-        assert targets[i].sum().item() == pytest.approx(1)
-        assert targets[i, labels[i + 1]].item() == pytest.approx(0.9 * (1 - share) + 0.02, abs=1e-6)
-        kept = (ours[i] == imgs[i]).all(0)
-        cut = (ours[i] == imgs[i + 1]).all(0)[~kept].all() and kept.float().mean().item() == pytest.approx(share)
-        assert cut or torch.allclose(ours[i], share * imgs[i] + (1 - share) * imgs[i + 1], atol=1e-6)
-
-
-def test_drop_path_is_drawn_for_each_image():
-    model = create_encoder(model_sizes('vit_nano_patch4'), drop_path=0.5)
-    paths = mix.PlacedDropPath(model, seed=1)
-    assert [path.drop_prob for path in paths.paths] == pytest.approx([p / 3 * 0.5 for p in (1, 2, 3) for _ in (1, 2)])
-    paths.draw(20000, (0, 0), torch.device('cpu'))
-    for path in paths.paths:
-        assert sorted(path.scale.unique().tolist()) == pytest.approx([0, 1 / (1 - path.drop_prob)])
-        assert path.scale.mean().item() == pytest.approx(1, abs=0.03)
-    whole = paths.paths[0].scale
-    paths.draw(100, (0, 700), torch.device('cpu'))
-    assert torch.equal(paths.paths[0].scale, whole[700:800])
-    paths.draw(100, (1, 700), torch.device('cpu'))
-    assert not torch.equal(paths.paths[0].scale, whole[700:800])
-    x = torch.ones(100, 2, 3)
-    assert torch.equal(paths.paths[0].train()(x)[:, 1, 2], paths.paths[0].scale)
-    assert torch.equal(paths.paths[0].eval()(x), x)
-
-
-@pytest.mark.parametrize('job', ['finetune', 'linprobe'])
-def test_processes_change_nothing(job, request, small_run, tmp_path, capsys):
-    """Two processes train as one does, and evaluate each of 20 images once (20 is no multiple of 2 x 8).
-
-    While training they evaluate as one process does with their checkpoint: with the same running statistics.
-    """
-    defaults = ['--model', 'vit_nano_patch4', '--batch_size', '8', *(STRONG if job == 'finetune' else ['--lr', '0.5'])]
-    start = request.getfixturevalue(job)
-    alone = start('alone', *defaults)
-    done = command(f'main_{job}.py', *small_run('two', *defaults), torchrun=2)
-    assert done.returncode == 0, done.stderr
-    two = Result(tmp_path / 'two')
-    assert two.losses == pytest.approx(alone.losses, rel=1e-5)
-
-    evaluate = ['--eval', '--init_from', str(two.output_dir / 'checkpoint-last.pth')]
-    capsys.readouterr()
-    start('eval', *defaults, *evaluate)
-    line = capsys.readouterr().out.splitlines()[-1]
-    expected = 'top-1 {val_top1:.2f} %  top-5 {val_top5:.2f} %  loss {val_loss:.4f}  on 20 images'
-    assert line == expected.format(**two.entries[-1])
-    if job == 'finetune':
-        done = command('main_finetune.py', *small_run('eval', *defaults, *evaluate), torchrun=2)
-        assert done.stdout.splitlines()[-1] == line, done.stderr
-
-
-def test_probe_trains_the_head_only(linprobe):
-    result = linprobe('run')
-    state = result.checkpoint
-    fresh = linprobe('fresh', '--lr', '0', '--epochs', '1').checkpoint['model']
-    for name, tensor in state['model'].items():
-        if name.startswith('backbone.'):
-            assert torch.equal(tensor, fresh[name]), name
-    assert not torch.equal(state['model']['head.weight'], fresh['head.weight'])
-    assert len(state['optimizer']['state']) == 2  # weight and bias of the head
-
-
-def test_batch_norm_of_one_image_is_a_mistake(linprobe, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        linprobe('run', '--batch_size', '1')
-    assert stopped.value.code == 2 and 'BatchNorm needs at least two images' in capsys.readouterr().err
-
-
-def test_probes_backbone_is_in_eval_mode():
-    model = main_linprobe.LinearProbe(
-        create_encoder(model_sizes('vit_nano_patch4'), 'token', drop_path=0.5), 10
-    ).train()
-    imgs = torch.randn(4, 3, 32, 32)
-    assert model.bn.training and not any(module.training for module in model.backbone.modules())
-    assert torch.equal(model.backbone(imgs), model.backbone(imgs))
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == ['head.weight', 'head.bias']
-
-
-def test_pretrained_to_everything(pretrain, finetune, linprobe, folder, capsys, tmp_path):
-    """The chain: pre-train, neighbours, probe, fine-tune, evaluate; tests/test_reports.py has the predictions."""
-    weights = pretrain('pretrained', '--epochs', '1').output_dir / 'checkpoint-last.pth'
-    capsys.readouterr()
-    start = ['--init_from', str(weights), '--epochs', '1']
-    main_linprobe_result = linprobe('probe', *start)
-    probe_top1 = main_linprobe_result.entries[-1]['val_top1']
-    finetune('tuned', *start, *STRONG)
-    tuned = tmp_path / 'tuned/checkpoint-last.pth'
-    top1 = Result(tmp_path / 'tuned').entries[-1]['val_top1']
-    capsys.readouterr()
-
-    finetune('none', '--eval', '--init_from', str(tuned))
-    assert f'top-1 {top1:.2f} %' in capsys.readouterr().out
-    linprobe('none', '--eval', '--init_from', str(tmp_path / 'probe/checkpoint-last.pth'))
-    printed = capsys.readouterr().out
-    assert f'top-1 {probe_top1:.2f} %' in printed and "this project's linear probe" in printed
-    assert 'left out' not in printed
-    linprobe('none', '--knn', '5', '--init_from', str(weights))
-    printed = capsys.readouterr().out
-    assert len(re.findall(r'5-nearest-neighbour top-1 \d+\.\d+ %  by the (?:cls token|mean of patches)', printed)) == 2
-    assert not (tmp_path / 'none').exists()
-
-
-# --- A user's mistakes --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    'flags, message',
-    [
-        (['--data_path', '{flat}', '--val_path', '{flat}'], 'no labels'),
-        (['--data_path', '{one}', '--val_path', '{one}'], 'only one class, bar'),
-        (['--val_path', '{one}'], 'the classes differ: circle, crescent'),
-        (['--data_path', '{one}'], 'has no validation images'),
-        (['--model', 'vit_giant'], 'no model'),
-        (['--batch_size', '1'], 'give even numbers'),
-        (['--eval'], '--eval needs the weights'),
-        (['--predict', 'image.png'], '--predict needs a fine-tuned checkpoint'),
-        (['--init_from', 'missing.pth'], 'missing.pth'),
-        (['--aa', 'random'], '--aa'),
-    ],
-)
-def test_a_mistake_gets_one_line_and_code_2(flags, message, finetune, folder, tmp_path, capsys):
-    (tmp_path / 'flat').mkdir()
-    (tmp_path / 'one').mkdir()
-    image = next((folder / 'train/bar').iterdir())
-    (tmp_path / 'flat/1.png').write_bytes(image.read_bytes())
-    (tmp_path / 'one/bar').mkdir()
-    (tmp_path / 'one/bar/1.png').write_bytes(image.read_bytes())
-    places = {'flat': tmp_path / 'flat', 'one': tmp_path / 'one'}
+        for path in (folder / split).iterdir():
+            name = path.name.replace('bar', 'baz')
+            (tmp_path / 'other' / split).mkdir(parents=True, exist_ok=True)
+            (tmp_path / 'other' / split / name).symlink_to(path)
     with pytest.raises(SystemExit) as exit:
-        finetune('run', *(flag.format(**places) for flag in flags))
+        finetune('run', '--epochs', '1', '--data_path', str(tmp_path / 'other'))
+    assert exit.value.code == 2 and 'classes' in capsys.readouterr().err
+
+
+def test_probe_trains_the_head_only():
+    encoder = create_encoder(model_sizes('vit_nano_patch4'), 'token', drop_path=0.5)
+    model = engine_classify.LinearProbe(encoder, 10).train()
+    imgs = torch.randn(4, 3, 32, 32)
+    assert model.bn.training and not any(part.training for part in model.backbone.modules())
+    assert torch.equal(model.backbone(imgs), model.backbone(imgs))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained == ['head.weight', 'head.bias']
+
+
+def test_layer_decay_0_freezes_the_encoder(finetune, pretrain):
+    """Only the norm and the head are trained."""
+    start = pretrain('start', '--epochs', '1')
+    flags = ['--epochs', '1', '--layer_decay', '0', '--init_from', str(start.last)]
+    before, after = start.checkpoint['model'], finetune('run', *flags).checkpoint['model']
+    for name, tensor in after.items():
+        if not name.startswith(('fc_norm', 'head')):
+            assert torch.equal(tensor, before[name]), name
+    assert after['head.bias'].any()
+
+
+def test_few_images_train_with_the_usual_batch(folder, tmp_path):
+    """Of 12 images a tenth is one, which Mixup and BatchNorm refuse."""
+    for split in ('train', 'val'):
+        for number, path in enumerate(sorted((folder / split).rglob('*.png'))[:12]):
+            place = tmp_path / 'few' / split / 'ab'[number % 2] / path.name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(path.read_bytes())
+    for job in (main_finetune, main_linprobe):
+        parser = job.get_parser()
+        flags = '--model vit_nano_patch4 --input_size 16 --epochs 1 --num_workers 0 --device cpu'
+        places = f'--data_path {tmp_path}/few --output_dir {tmp_path}/{job.__name__}'
+        job.main(parser.parse_args([*flags.split(), *places.split()]))
+
+
+# --- Evaluation and prediction --------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def tuned(folder, tmp_path_factory):
+    """A classifier's last checkpoint, its logits for the validation images, and their labels."""
+    flags = '--model vit_nano_patch4 --input_size 16 --total_batch_size 16 --epochs 2 --lr 4e-3'
+    output_dir = tmp_path_factory.mktemp('tuned')
+    places = f'--data_path {folder} --output_dir {output_dir} --num_workers 0 --device cpu'
+    words = [*flags.split(), *places.split(), '--layer_decay', '1', '--aa', 'none']
+    main_finetune.main(main_finetune.get_parser().parse_args(words))
+    return Result(output_dir)
+
+
+def predictions(tuned, paths, capsys):
+    """{path: line of --json} of --predict."""
+    words = ['--predict', *map(str, paths), '--init_from', str(tuned.last), '--json']
+    capsys.readouterr()
+    main_finetune.main(main_finetune.get_parser().parse_args([*words, '--num_workers', '0']))
+    lines = map(json.loads, capsys.readouterr().out.splitlines())
+    return {line['image']: line for line in lines}
+
+
+def test_evaluation_report_and_predictions_agree(tuned, folder, tmp_path, capsys):
+    """Accuracies by hand from the predictions, against the log, --eval and --report."""
+    found = predictions(tuned, [folder / 'val'], capsys)
+    assert len(found) == 20
+    pairs = [
+        (line['class'], max(line['classes'], key=line['classes'].get)) for line in found.values()
+    ]
+    assert all(Path(path).parent.name == line['class'] for path, line in found.items())
+    assert all(
+        sum(line['classes'].values()) == pytest.approx(1, abs=1e-3) for line in found.values()
+    )
+    top1 = 100 * np.mean([true == predicted for true, predicted in pairs])
+    recalls = {
+        name: np.mean([predicted == name for true, predicted in pairs if true == name])
+        for name in {true for true, _ in pairs}
+    }
+    entry = [entry for entry in tuned.entries if 'val_top1' in entry][-1]
+    assert entry['val_top1'] == pytest.approx(top1)
+    assert entry['val_balanced'] == pytest.approx(100 * np.mean(list(recalls.values())))
+
+    words = (
+        f'--eval --data_path {folder} --init_from {tuned.last} --report {tmp_path} --num_workers 0'
+    )
+    main_finetune.main(main_finetune.get_parser().parse_args(words.split()))
+    printed = capsys.readouterr().out
+    assert f'top-1 {top1:.2f} %' in printed and 'on 20 images' in printed
+    with open(tmp_path / 'classes.csv') as file:
+        rows = {row['class']: row for row in csv.DictReader(file)}
+    assert {name: float(row['recall']) for name, row in rows.items()} == pytest.approx(recalls)
+    with open(tmp_path / 'mistakes.csv') as file:
+        mistakes = list(csv.DictReader(file))
+    assert len(mistakes) == sum(true != predicted for true, predicted in pairs)
+    confidences = [float(row['probability']) for row in mistakes]
+    assert confidences == sorted(confidences, reverse=True)
+    assert (tmp_path / 'confusion.png').stat().st_size > 5000
+
+
+@pytest.mark.parametrize('count', [3, 1000])
+def test_a_confusion_matrix_of_any_size(count, tmp_path):
+    labels = np.arange(count)
+    probabilities = np.roll(np.eye(count), 1, axis=0)  # every image is taken for the class before
+    names = [f'class {number}' for number in range(count)]
+    engine_classify.write_report(str(tmp_path), names, names, labels, probabilities)
+    with open(tmp_path / 'confusion.csv') as file:
+        rows = list(csv.reader(file))[1:]
+    confusion = np.array([row[1:] for row in rows], dtype=int)
+    assert (confusion == probabilities).all()
+
+
+def test_some_of_the_classes_are_evaluated_over_their_logits(tuned, folder, tmp_path, capsys):
+    names = sorted(path.name for path in (folder / 'val').iterdir())[3:6]
+    for name in names:
+        (tmp_path / 'some').mkdir(exist_ok=True)
+        (tmp_path / 'some' / name).symlink_to(folder / 'val' / name)
+    found = predictions(tuned, [folder / 'val' / name for name in names], capsys)
+    right = [max(names, key=line['classes'].get) == line['class'] for line in found.values()]
+    words = f'--eval --data_path {tmp_path}/some --init_from {tuned.last} --num_workers 0'
+    main_finetune.main(main_finetune.get_parser().parse_args(words.split()))
+    printed = capsys.readouterr().out
+    assert f'top-1 {100 * np.mean(right):.2f} %' in printed and '3 of its 10 classes' in printed
+
+
+def test_held_out_images_are_predicted_and_evaluated(folder, tmp_path, capsys):
+    """--split val of a run with --val_share: exactly those that were not trained on."""
+    flags = (
+        '--model vit_nano_patch4 --input_size 16 --total_batch_size 16 --epochs 1 --val_share 0.2'
+    )
+    places = f'--data_path {folder}/train --output_dir {tmp_path} --num_workers 0 --device cpu'
+    main_linprobe.main(main_linprobe.get_parser().parse_args([*flags.split(), *places.split()]))
+    count = torch.load(tmp_path / 'checkpoint-last.pth', weights_only=True)['num_images']
+    parse, names = main_finetune.get_parser().parse_args, {}
+    for split in ('train', 'val'):
+        words = (
+            f'--predict {folder}/train --split {split} --init_from {tmp_path}/checkpoint-last.pth'
+        )
+        capsys.readouterr()
+        main_finetune.main(parse([*words.split(), '--topk', '1', '--num_workers', '0']))
+        names[split] = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert len(names['train']) == count and not names['train'] & names['val']
+    assert len(names['train'] | names['val']) == 64
+    words = f'--eval --data_path {folder}/train --init_from {tmp_path}/checkpoint-last.pth'
+    main_finetune.main(parse([*words.split(), '--num_workers', '0']))
+    assert f'on {len(names["val"])} images' in capsys.readouterr().out
+
+
+def test_an_image_that_cannot_be_read_is_said_and_exit_code_1(tuned, folder, tmp_path, capsys):
+    (tmp_path / 'broken.png').write_text('not an image')
+    good = next((folder / 'val').rglob('*.png'))
+    with pytest.raises(SystemExit) as exit:
+        predictions(tuned, [tmp_path / 'broken.png', good], capsys)
     printed = capsys.readouterr()
-    assert exit.value.code == 2
-    assert message in printed.err and re.fullmatch(r'[^\n]*error: [^\n]+\n', printed.err), printed.err
+    assert exit.value.code == 1 and 'broken.png' in printed.err
+    assert json.loads(printed.out)['image'] == str(good)
