@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -58,6 +59,15 @@ def small_run(folder, tmp_path):
     return arguments
 
 
+@pytest.fixture(scope='session')
+def whole(folder, tmp_path_factory):
+    """Result of a small run of main_pretrain that nothing interrupts."""
+    output_dir = tmp_path_factory.mktemp('whole')
+    flags = ['--data_path', str(folder), *SMALL_RUN, '--output_dir', str(output_dir)]
+    run_job(main_pretrain.main, main_pretrain.get_parser(), flags)
+    return Result(output_dir)
+
+
 @pytest.fixture
 def pretrain(small_run, tmp_path):
     """pretrain(name, *flags) -> Result of a small run of main_pretrain in this process."""
@@ -113,6 +123,22 @@ def stop_at(at_step):
         assert stop.value.code == 75
 
     return stopped
+
+
+@pytest.fixture
+def error_of(capsys):
+    """error_of(start, *arguments, code=2): the one line with which a run ends that fails."""
+
+    def failed(start, *arguments, code=2):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            start(*arguments)
+        error = capsys.readouterr().err
+        assert stopped.value.code == code, error
+        assert re.fullmatch(r'(unreadable: .*\n)*\S+: error: .+\n', error), error
+        return error.splitlines()[-1]
+
+    return failed
 
 
 class Result:

@@ -190,7 +190,7 @@ def test_bad_images_are_reported_once_counted_and_left_out_of_evaluation(num_wor
         assert [labels.tolist() for _, labels in loader] == [[0, 1], [3], [], [6]]
     assert loader.num_bad == 6
     lines = [f'unreadable: images/{index}.png: no image' for index in (2, 4, 5)]
-    assert capfd.readouterr().out.splitlines() == lines
+    assert capfd.readouterr().err.splitlines() == lines
     labels = torch.cat([labels for _, labels in data.Loader(samples, keys, CPU, SETTINGS, 0)])
     assert len(labels) == 7 and labels[[0, 1, 3, 6]].tolist() == [0, 1, 3, 6]
     assert not {2, 4, 5} & set(labels.tolist())

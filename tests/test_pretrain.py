@@ -1,349 +1,442 @@
-"""Runs of main_pretrain.py, whole: what they write, and that their course depends on nothing but the recipe."""
+"""Runs of main_pretrain.py, whole: what they write, and that nothing but the recipe decides it."""
 
+import math
+import os
 import re
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Result, command
+from conftest import Processes, Result, close_weights, same_weights
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_model import plain_forward
+from torchvision.transforms import v2
 
+import engine
+import main_finetune
+import main_linprobe
 import main_pretrain
-from util import checkpoint, data, distributed, sources, transforms, visualize
-from util.args import run_job
+from models_mff import model_sizes
+from util import checkpoint, data, transforms
+from util.errors import InputError
+from util.log import Log
+from util.shapes import Shapes
+from util.sources import Part
+
+CPU = torch.device('cpu')
 
 
-def test_a_run_trains_and_leaves_everything(pretrain, capsys):
-    result = pretrain('run', '--epochs', '6')
-    losses = list(result.losses.values())
-    assert len(losses) == 24 and sum(losses[-4:]) < 0.97 * sum(losses[:4])
-    entry = result.entries[-2]
-    assert {'step', 'epoch', 'loss', 'lr', 'grad_norm', 'images_per_s', 'data_wait', 'fusion/layer_00'} <= entry.keys()
-    assert sum(value for name, value in entry.items() if name.startswith('fusion/')) == pytest.approx(1)
-    val_losses = [entry['val_loss'] for entry in result.entries if 'val_loss' in entry]
-    assert len(val_losses) == 6 and val_losses[-1] < val_losses[0]
-    files = {path.name for path in result.output_dir.iterdir()}
-    assert {'checkpoint-last.pth', 'log.jsonl', 'reconstruction.png'} <= files
-    assert any(name.startswith('events.out.tfevents') for name in files)
-    state = result.checkpoint
-    assert (
-        state['step'] == 24
-        and state['epoch'] == 6
-        and state['args']['model'] == 'vit_nano_patch4'
-        and state['sizes']['img_size'] == [16, 16]
-    )
-    printed = capsys.readouterr().out
-    assert 'Done' in printed and 'tensorboard --logdir' in printed and 'reconstruct' in printed
+# --- What a run leaves ----------------------------------------------------------------------------
 
 
-def test_tensorboard_holds_the_curves(pretrain):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def test_a_run_trains_and_leaves_everything(whole):
+    losses = list(whole.losses.values())
+    assert len(losses) == 12 and sum(losses[-4:]) < 0.9 * sum(losses[:4])
+    entry = whole.entries[-1]
+    assert entry['val_loss'] < whole.entries[4]['val_loss'] and entry['step'] == 12
+    assert sum(entry[f'fusion/layer_0{i}'] for i in range(4)) == pytest.approx(1)
+    state = whole.checkpoint
+    assert state['step'] == 12 and state['args']['model'] == 'vit_nano_patch4'
+    assert state['sizes']['img_size'] == [16, 16] and state['num_images'] == 64
+    assert Image.open(whole.output_dir / 'reconstruction.png').size > (100, 100)
 
-    result = pretrain('run', '--epochs', '1')
-    events = EventAccumulator(str(result.output_dir))
+    events = EventAccumulator(str(whole.output_dir))
     events.Reload()
     tags = events.Tags()
-    assert {'train/loss', 'train/lr', 'train/grad_norm', 'val/loss', 'fusion/layer_03'} <= set(tags['scalars'])
+    assert {'train/lr', 'train/grad_norm', 'val/loss', 'fusion/layer_03'} <= set(tags['scalars'])
     assert tags['images'] == ['reconstruction']
     written = {event.step: event.value for event in events.Scalars('train/loss')}
-    assert written == pytest.approx(result.losses)
+    assert written == pytest.approx(whole.losses)
 
 
-def test_number_of_workers_changes_nothing(pretrain):
-    runs = [pretrain(f'workers{n}', '--num_workers', str(n)) for n in (0, 1, 3)]
-    assert runs[0].losses == runs[1].losses == runs[2].losses
+SIZES = model_sizes('vit_nano_patch4', depth=2)
+LOGGED = [[0, 1], [2, 3], [4], [5], [6, 7], [8, 9]]  # steps of a line: two, or the end of an epoch
 
 
-@pytest.mark.parametrize('accumulation, processes', [(2, 2), pytest.param(1, 4, marks=pytest.mark.slow)])
-def test_number_of_processes_changes_nothing(pretrain, small_run, tmp_path, accumulation, processes):
-    alone = pretrain('alone', '--batch_size', '4')  # one process, four accumulation steps
-    arguments = small_run('many', '--batch_size', '4')
-    done = command('main_pretrain.py', *arguments, torchrun=processes)
-    assert done.returncode == 0, done.stderr
-    assert f'4 x {processes} processes x {accumulation} accumulated' in done.stdout
-    assert Result(tmp_path / 'many').losses == pytest.approx(alone.losses, rel=1e-5)
-    theirs = Result(tmp_path / 'many').checkpoint['model']
-    for name, tensor in alone.checkpoint['model'].items():
-        if not name.endswith('qkv.bias'):  # the key's third has no gradient but rounding, which Adam amplifies
-            assert torch.allclose(tensor, theirs[name], atol=2e-5), name
+@pytest.fixture(scope='module')
+def watched(folder, tmp_path_factory):
+    """(log entries, weights before each step and at the end, its micro-batches) of a run.
+
+    Two epochs of five steps, each of two micro-batches of six images. The clock stands still but
+    for 0.1 s for each image that is loaded, and 1 + i s for a forward pass of step i.
+    """
+    clock, states, batches = [0.0], [], [[] for _ in range(10)]
+    step, get_sample = engine.optimizer_step, data.Samples.__getitem__
+
+    def watched_step(run, loss_fn, loader):
+        states.append({name: tensor.clone() for name, tensor in run.model.state_dict().items()})
+
+        def watched_loss(network, images, noise):
+            clock[0] += 1 + run.step
+            batches[run.step].append((images.clone(), noise.clone()))
+            return loss_fn(network, images, noise)
+
+        return step(run, watched_loss, loader)
+
+    def sample(samples, key):
+        clock[0] += 0.1
+        return get_sample(samples, key)
+
+    output_dir = tmp_path_factory.mktemp('watched')
+    flags = (
+        '--model vit_nano_patch4 --input_size 16 --depth 2 --total_batch_size 12 --batch_size 6 '
+        '--warmup_epochs 1 --epochs 2 --lr 0.01 --min_lr 1e-3 --log_every 2 --num_workers 0 '
+        '--device cpu --mean 0.3 0.4 0.5 --std 0.2 0.25 0.35 '
+        f'--data_path {folder} --output_dir {output_dir}'
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, 'optimizer_step', watched_step)
+        patch.setattr(data.Samples, '__getitem__', sample)
+        patch.setattr('time.perf_counter', lambda: clock[0])
+        main_pretrain.main(main_pretrain.get_parser().parse_args(flags.split()))
+    states.append(Result(output_dir).checkpoint['model'])
+    return Result(output_dir).entries, states, batches
 
 
-def test_resumed_in_mid_epoch_is_uninterrupted(pretrain, kill_after_saving):
-    whole = pretrain('whole')
-    kill_after_saving(pretrain, 'cut', '--save_every', '3', '--num_workers', '1')
-    resumed = pretrain('cut', '--num_workers', '2', '--batch_size', '16')
-    assert resumed.losses == whole.losses  # 12 steps, each once
-    for name, tensor in whole.checkpoint['model'].items():
-        assert torch.equal(tensor, resumed.checkpoint['model'][name]), name
+def test_the_log_tells_of_all_images(watched):
+    """Loss: the mean since the last line. Norm of the gradient: the last step's. Rates, speed."""
+    entries, states, batches = watched
+    losses, norms = [], []
+    for state, micro_batches in zip(states, batches):
+        state = {name: tensor.clone() for name, tensor in state.items()}
+        trained = [state[name].requires_grad_() for name in state if 'pos_embed' not in name]
+        parts = [plain_forward(state, x, 0.75, noise, SIZES)[0] for x, noise in micro_batches]
+        (sum(parts) / 2).backward()
+        losses.append(sum(parts).item() / 2)
+        norms.append(math.sqrt(sum(p.grad.double().square().sum().item() for p in trained)))
+    logged = [entry for entry in entries if 'loss' in entry]
+    assert [entry['step'] for entry in logged] == [steps[-1] + 1 for steps in LOGGED]
+    means = [sum(losses[step] for step in steps) / len(steps) for steps in LOGGED]
+    assert [entry['loss'] for entry in logged] == pytest.approx(means, rel=1e-4)
+    last_norms = [norms[steps[-1]] for steps in LOGGED]
+    assert [entry['grad_norm'] for entry in logged] == pytest.approx(last_norms, rel=1e-3)
+    rates = [0.01 * (1e-4 + (1 - 1e-4) * step / 4) for step in range(5)]
+    rates += [0.001 + 0.009 * (1 + math.cos(math.pi * step / 5)) / 2 for step in range(5)]
+    expected = [rates[steps[-1]] for steps in LOGGED]
+    assert [entry['lr'] for entry in logged] == pytest.approx(expected, rel=1e-6)
+    seconds = [sum(1.2 + 2 * (1 + step) for step in steps) for steps in LOGGED]
+    speeds = [12 * len(steps) / spent for steps, spent in zip(LOGGED, seconds)]
+    assert [entry['images_per_s'] for entry in logged] == pytest.approx(speeds)
+    waits = [1.2 * len(steps) / spent for steps, spent in zip(LOGGED, seconds)]
+    assert [entry['data_wait'] for entry in logged] == pytest.approx(waits)
 
 
-def test_resumed_from_a_device_without_fused_kernels(pretrain):
-    """As from MPS: AdamW's step may be on the CPU and of any type, and fused kernels want it where the weights are."""
-    whole = pretrain('whole', '--epochs', '2')
-    half = pretrain('cut', '--epochs', '2', '--keep_every', '1').output_dir / 'checkpoint-0001.pth'
-    state = torch.load(half, weights_only=True)
-    for group in state['optimizer']['param_groups']:
-        group['fused'] = False
-    for values in state['optimizer']['state'].values():
-        values['step'] = values['step'].double()
-    torch.save(state, half)
-    resumed = pretrain('resumed', '--epochs', '2', '--resume', str(half), '--keep_every', '1')
-    assert resumed.losses == {step: loss for step, loss in whole.losses.items() if step > 4}
-    optimizer = resumed.checkpoint['optimizer']
-    assert all(group['fused'] for group in optimizer['param_groups'])
-    assert {values['step'].dtype for values in optimizer['state'].values()} == {torch.float32}
+def test_validation_is_that_of_the_files(watched, folder):
+    """By PIL and torchvision, with the masks that (seed 0, epoch 0, index) draw."""
+    entries, states, _ = watched
+    transform = v2.Compose([
+        v2.PILToTensor(),
+        v2.Resize(16, antialias=True),
+        v2.CenterCrop(16),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize((0.3, 0.4, 0.5), (0.2, 0.25, 0.35)),
+    ])  # fmt: skip
+    paths = sorted((folder / 'val').rglob('*.png'))
+    images, noise = torch.stack([transform(Image.open(path)) for path in paths]), []
+    for index in range(20):
+        data.seed_generators(0, 0, index)
+        noise.append(torch.rand(16))
+    noise = torch.stack(noise)
+    losses = {entry['step']: entry['val_loss'] for entry in entries if 'val_loss' in entry}
+    assert losses.keys() == {5, 10}
+    for step, loss in losses.items():
+        expected, _ = plain_forward(states[step], images, 0.75, noise, SIZES)
+        assert loss == pytest.approx(expected.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    'agreed, message',
-    [([], 'the step of the checkpoint to resume (is --output_dir shared?): [0, 1]'), ([0], 'images: [64, 65]')],
-)
-def test_processes_must_agree(agreed, message, pretrain, monkeypatch, capsys):
-    """On the step, and on the number of images: the other process has one more."""
-    monkeypatch.setattr(distributed, 'gather', lambda value: [value, value + (value not in agreed)])
-    with pytest.raises(SystemExit) as exit:
-        pretrain('run')
-    assert exit.value.code == 2 and message in capsys.readouterr().err
+# --- What changes nothing -------------------------------------------------------------------------
 
 
-def test_complete_run_has_nothing_to_do(pretrain, capsys):
-    first = pretrain('run')
-    before = first.checkpoint
-    pretrain('run')
-    assert 'already complete' in capsys.readouterr().out
-    assert first.checkpoint['step'] == before['step'] and len(first.losses) == 12
+def test_number_of_workers_changes_nothing(whole, pretrain):
+    assert same_weights(pretrain('workers', '--num_workers', '3'), whole)
 
 
-@pytest.mark.parametrize('amp', ['bf16', 'fp16'])
-def test_mixed_precision_follows_fp32(pretrain, amp):
-    full, mixed = pretrain('full', '--amp', 'none'), pretrain('mixed', '--amp', amp)
-    assert mixed.losses == pytest.approx(full.losses, rel=0.02) and mixed.losses != full.losses
-    assert ('loss_scale' in mixed.entries[0]) == (amp == 'fp16')
-
-
-def test_divergence_stops_and_keeps_the_checkpoint(pretrain, capsys):
-    before = pretrain('run', '--epochs', '1').checkpoint
-    with pytest.raises(SystemExit) as exit:
-        pretrain('run', '--epochs', '9', '--lr', '1e30', '--warmup_epochs', '0', '--force_resume')
-    assert exit.value.code == 1
-    error = capsys.readouterr().err
-    assert '20 updates' in error and '.png' in error and '--amp bf16' in error and error.count('\n') == 1
-    after = Result(Path(before['args']['output_dir'])).checkpoint
-    assert all(tensor.isfinite().all() for tensor in after['model'].values())
-
-
-def test_checkpoints_are_due(monkeypatch):
-    """Every N steps, minutes or epochs, and at the end, on a clock of our own: a step takes 20 s and saving 3 s."""
-    for every, expected in [
-        ((4, ''), [4, 8, 12, 16, 20]),
-        ((1.5, 'min'), [5, 10, 15, 20]),
-        ((0.9, 'min'), [3, 6, 9, 12, 15, 18, 20]),
-        ((2, 'ep'), [10, 20]),
-        ((100, ''), [20]),
-    ]:
-        now, saved = [0.0], []
-        monkeypatch.setattr('time.monotonic', lambda now=now: now[0])
-
-        def save(state, output_dir, name, now=now, saved=saved):
-            saved.append(state['step'])
-            now[0] += 3
-
-        monkeypatch.setattr(checkpoint, 'save', save)
-        layer = torch.nn.Linear(1, 1)
-        run = Namespace(
-            args=Namespace(save_every=every, keep_every=None, output_dir='none'),
-            schedule=Namespace(total_steps=20, steps_per_epoch=5),
-            rank=0,
-            scaler=torch.amp.GradScaler('cpu'),
-            record={},
-        )
-        saver = checkpoint.Saver(run, layer, torch.optim.SGD(layer.parameters()), print)
-        for step in range(1, 21):
-            now[0] += 20
-            if saver.due(step):
-                saver.save(step)
-        assert saved == expected, every
-
-
-def test_kept_checkpoints(pretrain):
-    result = pretrain('run', '--keep_every', '2', '--epochs', '4')
-    steps = {path.name: torch.load(path, weights_only=True)['step'] for path in result.output_dir.glob('*.pth')}
-    assert steps['checkpoint-0002.pth'] == 8 and steps['checkpoint-0004.pth'] == steps['checkpoint-last.pth'] == 16
-
-
-@pytest.mark.parametrize('workers', ['0', '2'])
-def test_bad_images_are_replaced_listed_and_limited(workers, pretrain, folder, tmp_path, capsys):
-    images = sorted((folder / 'train').rglob('*.png'))
-    names = [f'broken{number}.png' for number in range(5)]
-    for name in names:
-        (tmp_path / name).write_bytes(images[5].read_bytes()[:60])
-    (tmp_path / 'list.txt').write_text('\n'.join([*map(str, images[:40]), *names]))
-    flags = ['--data_path', str(tmp_path / 'list.txt'), '--total_batch_size', '45', '--num_workers', workers]
-    result = pretrain('run', *flags, '--max_bad', '0.2')
-    assert [entry['bad_images'] for entry in result.entries if 'loss' in entry] == [5, 5, 5]
-    lines = (result.output_dir / 'bad_images.txt').read_text().splitlines()  # each once in three epochs
-    assert sorted(line.split('\t')[0] for line in lines) == [str(tmp_path / name) for name in names]
-    with pytest.raises(SystemExit) as exit:
-        pretrain('stopped', *flags, '--num_workers', '0')  # an exit with workers would end the tests
-    assert exit.value.code == 1
-    assert '5 of 45 images cannot be read, more than --max_bad 0.01' in capsys.readouterr().err
-
-
-@pytest.mark.parametrize('count', [1, 5, 8, 2000])
-def test_pictures_are_of_different_images(count):
-    source = sources.Shapes('val')
-    source.labels = source.labels[:count]
-    samples = data.Samples(source, transforms.centre_transform((32, 32)), 64)
-    imgs, noise = main_pretrain.examples(samples, (torch.zeros(3), torch.ones(3)), torch.device('cpu'))
-    assert len(imgs) == len(noise) == len(imgs.flatten(1).unique(dim=0)) == min(8, count)
-
-
-def test_resume_notices_other_data(pretrain, folder, capsys):
-    pretrain('run', '--epochs', '1')
-    with pytest.raises(SystemExit):
-        pretrain('run', '--epochs', '1', '--data_path', str(folder / 'val'))
-    assert '64 -> 20 images' in capsys.readouterr().err
-
-
-def test_fp16_resumes_exactly(pretrain):
-    whole = pretrain('whole', '--amp', 'fp16', '--epochs', '2')
-    pretrain('cut', '--amp', 'fp16', '--epochs', '2', '--keep_every', '1')
-    half = str(whole.output_dir.parent / 'cut/checkpoint-0001.pth')
-    resumed = pretrain('again', '--amp', 'fp16', '--epochs', '2', '--resume', half, '--force_resume')
-    assert resumed.losses == {step: loss for step, loss in whole.losses.items() if step > 4}
-
-
-def test_rectangles_greyscale_and_mae_crop(pretrain):
-    result = pretrain('run', '--input_size', '12', '16', '--in_chans', '1', '--crop', 'rrc', '--fuse_layers', '3')
-    assert result.checkpoint['model']['patch_embed.proj.weight'].shape == (64, 1, 4, 4)
-    assert result.checkpoint['model']['pos_embed'].shape == (1, 1 + 3 * 4, 64)
-    assert not [name for name in result.checkpoint['model'] if 'fuse' in name]
-
-
-def test_visualize_reads_the_checkpoint(pretrain, folder, tmp_path):
-    from PIL import Image
-
-    output_dir = pretrain('run', '--epochs', '1').output_dir
-    image = next((folder / 'val').rglob('*.png'))
-    flags = [
-        'reconstruct',
-        str(output_dir / 'checkpoint-last.pth'),
-        '--images',
-        str(image),
-        '--out',
-        str(tmp_path / 'a.png'),
+@pytest.mark.parametrize('processes', [2, 4])
+def test_processes_and_micro_batches_change_nothing(processes, whole, small_run, tmp_path):
+    flags = small_run('many', '--batch_size', '4')
+    job = Processes(main_pretrain, *[flags] * processes)
+    assert job.wait() == [0] * processes, job.printed(errors=True)
+    micro_steps = 4 // processes
+    assert f'= 4 x {processes} processes x {micro_steps} accumulated' in job.printed()
+    many = Result(tmp_path / 'many')
+    assert many.losses == pytest.approx(whole.losses, rel=1e-5) and close_weights(many, whole)
+    values = [
+        [entry['val_loss'] for entry in r.entries if 'val_loss' in entry] for r in (many, whole)
     ]
-    run_job(visualize.main, visualize.get_parser(), flags)
-    run_job(visualize.main, visualize.get_parser(), ['curves', str(output_dir), '--out', str(tmp_path / 'b.png')])
-    for name in ('a.png', 'b.png'):
-        assert min(Image.open(tmp_path / name).size) > 100
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
 def test_grad_checkpointing_changes_nothing(pretrain):
     flags = '--epochs', '1', '--amp', 'bf16'
-    assert pretrain('checkpointed', *flags, '--grad_checkpointing').losses == pretrain('plain', *flags).losses
+    plain, other = pretrain('plain', *flags), pretrain('other', *flags, '--grad_checkpointing')
+    assert plain.losses == other.losses
+
+
+@pytest.mark.parametrize('amp', ['bf16', 'fp16'])
+def test_mixed_precision_follows_fp32(amp, whole, pretrain):
+    mixed = pretrain('mixed', '--amp', amp)
+    assert mixed.losses == pytest.approx(whole.losses, rel=0.02) and mixed.losses != whole.losses
+    assert ('loss_scale' in mixed.entries[0]) == (amp == 'fp16')
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('flags', [[], ['--grad_checkpointing']], ids=' '.join)
-def test_compiled_follows_eager(pretrain, flags):
-    eager, compiled = pretrain('eager'), pretrain('compiled', '--compile', *flags)
-    assert compiled.losses == pytest.approx(eager.losses, rel=1e-4)
-    assert compiled.checkpoint['model'].keys() == eager.checkpoint['model'].keys()
+def test_compiled_follows_eager(whole, pretrain):
+    compiled = pretrain('compiled', '--compile', '--grad_checkpointing')
+    assert compiled.losses == pytest.approx(whole.losses, rel=1e-4)
+    assert compiled.checkpoint['model'].keys() == whole.checkpoint['model'].keys()
 
 
-@pytest.mark.slow
-def test_nothing_is_compiled_after_the_first_epoch(pretrain):
-    """With validation, whose last batch is smaller, and a picture."""
-    from torch._dynamo.utils import counters
+def test_compiling_without_a_compiler_is_one_line(pretrain, monkeypatch, error_of):
+    def compiled(*_):
+        raise RuntimeError('InvalidCxxCompiler: no C++ compiler\nSet TORCHDYNAMO_VERBOSE=1')
 
-    def graphs(epochs):
-        torch._dynamo.reset()
-        counters.clear()
-        pretrain(f'{epochs} epochs', '--compile', '--epochs', epochs)
-        return counters['stats']['unique_graphs']
-
-    assert graphs('3') == graphs('1') > 1
+    monkeypatch.setattr(torch, 'compile', lambda function: compiled)
+    assert 'no C++ compiler' in error_of(pretrain, 'run', '--compile')
 
 
-def test_compiling_without_a_compiler_is_said(small_run, tmp_path):
-    flags = small_run('run', '--compile')
-    done = command('main_pretrain.py', *flags, CXX='/no/compiler', TORCHINDUCTOR_CACHE_DIR=str(tmp_path / 'cache'))
-    assert done.returncode == 2
-    assert re.search(r'^main_pretrain.py: error: --compile does not work .*; --no-compile [^\n]+$', done.stderr, re.M)
-    assert 'Traceback' not in done.stderr
-    assert not main_pretrain.get_parser().parse_args([*flags, '--no-compile']).compile
+def test_other_inputs_and_models(pretrain):
+    flags = '--input_size 12 16 --in_chans 1 --crop rrc --fuse_layers 3 --epochs 1'
+    state = pretrain('run', *flags.split()).checkpoint
+    assert state['model']['patch_embed.proj.weight'].shape == (64, 1, 4, 4)
+    assert state['model']['pos_embed'].shape == (1, 1 + 3 * 4, 64)
+    assert not [name for name in state['model'] if 'fuse' in name] and state['mean'] == [0.5]
 
 
-# --- A user's mistakes: one line, exit code 2, before anything is started --------------------------------------
-
-MISTAKES = {
-    'no such folder or file': ['--data_path', 'nowhere'],
-    'no image in it': ['--data_path', '{empty}'],
-    'none of its first 3 images can be read': ['--data_path', '{broken}'],
-    'no such data set': ['--data_path', 'torch/imaginary'],
-    'download failed': ['--data_path', 'torch/cifar10', '--download_dir', '{empty}'],
-    'not a text file that lists images': ['--data_path', '{empty_list}'],
-    'not a multiple of patch size': ['--input_size', '18'],
-    'image size 2 x 2': ['--input_size', '2'],
-    'one side, or height and width': ['--input_size', '16', '16', '16'],
-    "no model 'vit'; there are vit_nano_patch4": ['--model', 'vit'],
-    'unrecognized arguments: --mask_ration': ['--mask_ration', '0.5'],
-    'must end with the last block, which is 3': ['--fuse_layers', '0', '4'],
-    'must be increasing': ['--fuse_layers', '2', '1', '3'],
-    "'many' is not a whole number": ['--epochs', 'many'],
-    "'nan' is not a number": ['--lr', 'nan'],
-    "'1.5' is not a number from 0 to 1": ['--mask_ratio', '1.5'],
-    'leaves none visible': ['--mask_ratio', '0.99'],
-    '--batch_size 1, 17 would do': ['--batch_size', '6', '--total_batch_size', '17'],
-    'too few for one step': ['--total_batch_size', '65'],
-    '--mean has 2 numbers': ['--mean', '0.5', '0.5'],
-    'an image file has 1 or 3 channels': ['--in_chans', '4'],
-    'cannot write there': ['--output_dir', '/dev/null/output'],
-    'missing.pth: No such file': ['--resume', 'missing.pth'],
-    'not a weights file': ['--resume', '{broken}/0.jpg'],
-    'missing.txt: No such file': ['@missing.txt'],
-    'no such device': ['--device', 'abacus'],
-}
+def test_neighbours_are_the_same_on_two_processes(pretrain, small_run, tmp_path):
+    flags = ['--knn_every', '2', '--epochs', '2', '--val_share', '0']
+    one = pretrain('one', *flags)
+    job = Processes(main_pretrain, *[small_run('two', *flags)] * 2)
+    assert job.wait() == [0, 0], job.printed(errors=True)
+    names = 'val_knn_cls', 'val_knn_patches'
+    found = [
+        [[entry['step'], *map(entry.get, names)] for entry in result.entries if names[0] in entry]
+        for result in (one, Result(tmp_path / 'two'))
+    ]
+    assert [row[0] for row in found[0]] == [0, 8] and found[0] == found[1]
 
 
-@pytest.mark.parametrize('message', MISTAKES)
-def test_a_mistake_gets_one_line_and_code_2(message, pretrain, tmp_path, capsys, monkeypatch):
-    (tmp_path / 'empty').mkdir()
-    (tmp_path / 'broken').mkdir()
-    for index in range(3):
-        (tmp_path / f'broken/{index}.jpg').write_text('not an image')
-    (tmp_path / 'list.txt').write_text('\n# nothing\n')
-    monkeypatch.setattr('util.distributed.start', lambda name: pytest.fail('a device was started'))
-    places = {'empty': tmp_path / 'empty', 'broken': tmp_path / 'broken', 'empty_list': tmp_path / 'list.txt'}
-    with pytest.raises(SystemExit) as exit:
-        pretrain('run', *(flag.format(**places) for flag in MISTAKES[message]))
-    printed = capsys.readouterr()
-    assert exit.value.code == 2
-    assert message in printed.err and re.fullmatch(r'[^\n]*error: [^\n]+\n', printed.err), printed.err
+@pytest.mark.parametrize('chunk', [2**25, 200])
+def test_nearest_neighbours_by_hand(chunk, monkeypatch):
+    """Votes of exp(cosine / 0.07) of the k nearest, also when the bank comes in chunks."""
+    torch.manual_seed(0)
+    bank, queries, labels = torch.randn(50, 8), torch.randn(20, 8), torch.randint(0, 5, (50,))
+    cosine = torch.nn.functional.cosine_similarity(queries[:, None], bank[None], dim=-1)
+    expected = []
+    for row in cosine:
+        nearest, votes = row.argsort(descending=True)[:7], [0.0] * 5
+        for index in nearest.tolist():
+            votes[labels[index]] += math.exp(row[index] / 0.07)
+        expected.append(votes.index(max(votes)))
+    monkeypatch.setattr(engine, 'MOST_COSINES', chunk)
+    assert engine.nearest_neighbours(bank, labels, queries, 7, CPU).tolist() == expected
+    part = engine.spread(labels.numpy(), 10)
+    assert len(set(part)) == 10 and len(labels[part].unique()) == 5
 
 
-def test_total_batch_that_does_not_divide_over_processes(pretrain, monkeypatch, capsys):
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    with pytest.raises(SystemExit) as exit:
-        pretrain('run', '--total_batch_size', '17')
-    assert exit.value.code == 2 and '17 cannot be split over 2 processes; 16 or 18 can' in capsys.readouterr().err
+# --- Resuming -------------------------------------------------------------------------------------
 
 
-def test_damaged_checkpoint_falls_back_to_the_previous(pretrain, capsys):
-    result = pretrain('run', '--save_every', '2', '--epochs', '2')
-    whole = result.checkpoint
-    last = result.output_dir / 'checkpoint-last.pth'
-    content = bytearray(last.read_bytes())
-    content[len(content) // 2] ^= 1  # one flipped bit
-    last.write_bytes(content)
-    again = pretrain('run', '--save_every', '2', '--epochs', '2')
-    assert 'damaged' in capsys.readouterr().out
-    assert all(torch.equal(tensor, again.checkpoint['model'][name]) for name, tensor in whole['model'].items())
+class Crash(Exception):
+    pass
 
 
-def test_parser_reads_recipes_with_comments(tmp_path):
-    recipe = tmp_path / 'recipe.txt'
-    recipe.write_text('# a comment\n--data_path "a folder"  # another\n\n--epochs 5 --lr 1e-3\n')
-    args = main_pretrain.get_parser().parse_args([f'@{recipe}', '--epochs', '7'])
-    assert (args.data_path, args.epochs, args.lr) == ('a folder', 7, 1e-3)
+def crash():
+    raise Crash
+
+
+def test_resumed_in_mid_epoch_is_uninterrupted(whole, pretrain, at_step):
+    """With other workers and another batch per device than before."""
+    at_step(6, crash)
+    with pytest.raises(Crash):
+        pretrain('cut', '--save_every', '0')
+    resumed = pretrain('cut', '--num_workers', '2', '--batch_size', '16')
+    assert resumed.losses == whole.losses  # 12 steps, each once
+    assert same_weights(resumed, whole)
+
+
+def test_fp16_resumes_exactly(pretrain, stop_at):
+    flags = '--amp', 'fp16', '--epochs', '2'
+    whole = pretrain('fp16', *flags)
+    stop_at(5, pretrain, 'cut', *flags)
+    assert pretrain('cut', *flags).losses == whole.losses
+
+
+def test_a_complete_run_only_evaluates(whole, pretrain, capsys):
+    first = pretrain('run', '--epochs', '1')
+    entries, state = first.entries, first.checkpoint
+    again = pretrain('run', '--epochs', '1')
+    assert [entry['step'] for entry in again.entries] == [entry['step'] for entry in entries]
+    assert again.entries[-1]['val_loss'] == entries[-1]['val_loss']
+    assert all(
+        torch.equal(x, again.checkpoint['model'][name]) for name, x in state['model'].items()
+    )
+
+
+FROZEN = '--lr', '0', '--min_lr', '0'
+
+
+def test_a_run_of_an_early_version_resumes_and_loads(pretrain, finetune, tmp_path):
+    old = torch.load(Path(__file__).parent / 'data/old_run.pt', weights_only=True)
+    (tmp_path / 'run').mkdir()
+    torch.save(old['checkpoint'], tmp_path / 'run/checkpoint-last.pth')
+    sizes = '--embed_dim 16 --depth 2 --num_heads 2 --decoder_embed_dim 8 --decoder_num_heads 2 '
+    result = pretrain('run', *sizes.split(), '--patch_size', '4')
+    theirs = {step: loss for step, loss in old['losses'].items() if step > 4}
+    assert result.losses == pytest.approx(theirs, rel=1e-4)
+    torch.save(old['checkpoint'], tmp_path / 'old.pth')
+    tuned = finetune('tuned', '--init_from', tmp_path / 'old.pth', '--epochs', '1', *FROZEN)
+    block = 'blocks.1.mlp.fc1.weight'
+    assert torch.equal(tuned.checkpoint['model'][block], old['checkpoint']['model'][block])
+
+
+def test_resumed_from_a_device_without_fused_kernels(whole, pretrain, stop_at, tmp_path):
+    """As from MPS: AdamW's step may be of any type; fused kernels want theirs."""
+    stop_at(6, pretrain, 'cut')
+    path = tmp_path / 'cut/checkpoint-last.pth'
+    state = torch.load(path, weights_only=True)
+    for group in state['optimizer']['param_groups']:
+        group['fused'] = False
+    for values in state['optimizer']['state'].values():
+        values['step'] = values['step'].double()
+    torch.save(state, path)
+    resumed = pretrain('cut')
+    assert same_weights(resumed, whole)
+    assert all(group['fused'] for group in resumed.checkpoint['optimizer']['param_groups'])
+
+
+FREE = {  # what may change when a run is resumed
+    'batch_size', 'compile', 'data_path', 'device', 'download_dir', 'eval_every', 'force_resume',
+    'grad_checkpointing', 'keep_every', 'knn_every', 'log_every', 'num_workers', 'output_dir',
+    'picture_every', 'report', 'resume', 'save_every', 'val_path',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('job', [main_pretrain, main_finetune, main_linprobe])
+def test_resuming_compares_every_flag_that_changes_the_training(job):
+    args = job.get_parser().parse_args([])
+    saver = object.__new__(checkpoint.Saver)
+    saver.args, saver.record = args, {'num_images': 64, 'classes': ['a', 'b'], 'batch_size': 8}
+    then = {name: checkpoint.plain(value) for name, value in vars(args).items()}
+    record = {'num_images': 64, 'classes': ['a', 'b'], 'batch_size': 8}
+    saver.check_same_run({'args': then, **record})
+    for name in then:
+        state = {'args': then | {name: 'another'}, **record}
+        if name in FREE:
+            saver.check_same_run(state)
+        else:
+            with pytest.raises(InputError, match=f'--{name} another -> '):
+                saver.check_same_run(state)
+    others = {'num_images': 65, 'classes': ['b', 'a'], 'batch_size': 4}
+    for name, value in others.items():
+        with pytest.raises(InputError, match=re.escape(f'{value} -> {record[name]}')):
+            saver.check_same_run({'args': then, **record, name: value})
+    args.force_resume = True
+    saver.check_same_run({'args': then | {'seed': 9}, **record})
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_previous(
+    whole, pretrain, tmp_path, capsys, error_of
+):
+    """One flipped bit in the last; then also in the one before."""
+
+    def flip(name):
+        content = bytearray((tmp_path / 'run' / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (tmp_path / 'run' / name).write_bytes(content)
+
+    pretrain('run', '--save_every', '0')
+    flip(checkpoint.LAST)
+    assert same_weights(pretrain('run'), whole)
+    assert f'resuming from {tmp_path}/run/{checkpoint.PREVIOUS}' in capsys.readouterr().out
+    flip(checkpoint.LAST)
+    error = error_of(pretrain, 'run')
+    assert all(name in error for name in (checkpoint.LAST, checkpoint.PREVIOUS, '--resume none'))
+
+
+@pytest.mark.parametrize('change', ['shape', 'empty', 'groups', 'model'])
+def test_the_state_of_another_run_is_refused(change, whole, pretrain, tmp_path, error_of):
+    """A fused kernel would write beyond the end of a tensor of another shape."""
+    state = whole.checkpoint
+    if change == 'shape':
+        state['optimizer']['state'][0]['exp_avg'] = torch.zeros(3)
+    elif change == 'groups':
+        state['optimizer']['param_groups'].pop()
+    elif change == 'empty':
+        state['optimizer'] = {}
+    else:
+        state['model'].popitem()
+    torch.save(state, tmp_path / 'other.pth')
+    flags = '--resume', tmp_path / 'other.pth', '--force_resume'
+    assert 'other.pth' in error_of(pretrain, 'run', *flags)
+
+
+# --- Checkpoints, pictures, bad images ------------------------------------------------------------
+
+
+def test_checkpoints_are_saved_every_so_many_minutes_and_kept_every_so_many_epochs(
+    pretrain, monkeypatch
+):
+    """On a clock of our own: a step takes 20 seconds."""
+    now, saved = [0.0], []
+    monkeypatch.setattr(checkpoint, 'time', Namespace(monotonic=lambda: now[0]))
+    write, log_step = checkpoint.write, Log.step
+
+    def watched_write(state, path):
+        saved.append((os.path.basename(path), state['step']))
+        write(state, path)
+
+    def slow_step(log, *arguments):
+        now[0] += 20
+        log_step(log, *arguments)
+
+    monkeypatch.setattr(checkpoint, 'write', watched_write)
+    monkeypatch.setattr(Log, 'step', slow_step)
+    pretrain('run', '--save_every', '1.5', '--keep_every', '2')
+    names = 'checkpoint-last.pth', 'checkpoint-0002.pth'
+    assert saved == [(names[0], 5), (names[1], 8), (names[0], 8), (names[0], 12)]
+
+
+def test_pictures_are_of_different_images_and_always_the_same():
+    for count in (1, 5, 8, 400):
+        source = Part(Shapes('val', (32, 32)), range(count))
+        samples = data.Samples(source, transforms.centre_transform((32, 32)), 64)
+        settings = Namespace(mean=(0.0,) * 3, std=(1.0,) * 3)
+        images, noise = engine.examples(samples, settings, CPU)
+        assert len(images) == len(noise) == len(images.flatten(1).unique(dim=0)) == min(8, count)
+
+
+@pytest.fixture
+def broken(folder, tmp_path):
+    """broken(n) -> a list of 40 images and n files that are none, and the flags of a run on it."""
+
+    def make(count):
+        paths = sorted(map(str, (folder / 'train').rglob('*.png')))[:40]
+        bad = [tmp_path / f'broken{number}.png' for number in range(count)]
+        for path in bad:
+            path.write_bytes(Path(paths[5]).read_bytes()[:60])
+        (tmp_path / 'list.txt').write_text('\n'.join([*paths, *map(str, bad)]))
+        flags = ['--data_path', tmp_path / 'list.txt', '--val_path', folder / 'val']
+        return [*flags, '--total_batch_size', str(40 + count - count % 2), '--epochs', '2']
+
+    return make
+
+
+@pytest.mark.parametrize('workers', ['0', '2'])
+def test_a_few_bad_images_are_reported_once_and_counted(workers, broken, pretrain, capfd):
+    result = pretrain('run', *broken(3), '--num_workers', workers)
+    lines = [line for line in capfd.readouterr().err.splitlines() if 'unreadable' in line]
+    assert len(lines) == 3 and all(f'broken{i}.png' in ''.join(lines) for i in range(3))
+    counts = [entry['bad_images'] for entry in result.entries if 'bad_images' in entry]
+    assert len(counts) == 2 and set(counts) <= {2, 3}  # of 43 images, one is left out of an epoch
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_too_many_bad_images_end_the_run(processes, broken, small_run):
+    """Two in each of two processes; each alone would go on."""
+    flags = small_run('run', *broken(4))
+    job = Processes(main_pretrain, *[flags] * processes)
+    assert job.wait() == [1] * processes
+    assert '4 of 44 images cannot be read' in job.printed(errors=True)
+    assert processes == 1 or 'error' not in job.printed(1, errors=True)
