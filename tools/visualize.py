@@ -9,6 +9,7 @@ fusion weights over time are in TensorBoard. The functions return matplotlib fig
 """
 
 import argparse
+import copy
 import os
 
 import torch
@@ -59,8 +60,8 @@ def spectrum_figure(features):
     figure = Figure(figsize=(3.2 * (len(features) + 1), 4), layout='constrained', dpi=100)
     *panels, last = figure.subplots(1, len(features) + 1, sharey=True)
     for axes, (title, blocks) in zip(panels, features.items()):
-        curves = [relative_log_amplitude(maps) for maps in blocks]
-        frequency = 2 * torch.arange(len(curves[0])) / min(blocks[0].shape[-2:])
+        curves = [relative_log_amplitude(maps).tolist() for maps in blocks]
+        frequency = [2 * k / min(blocks[0].shape[-2:]) for k in range(len(curves[0]))]
         for depth, curve in enumerate(curves):
             colour = colormaps['viridis'](depth / len(curves))
             axes.plot(frequency, curve, color=colour, label=f'block {depth}')
@@ -86,8 +87,9 @@ def attention(encoder, imgs):
         rollout: (N, h, w), over all blocks: the product of the means over heads, each half and
             half with the identity for the residual. Abnar and Zuidema, arXiv 2005.00928.
     """
+    encoder = copy.deepcopy(encoder)  # which keeps the hooks, and attends more slowly
     for block in encoder.blocks:
-        block.attn.fused_attn = False  # which would not tell its weights
+        block.attn.fused_attn = False  # the fused kernel has no weights to show
     maps = AttentionExtract(encoder, method='hook')(imgs)  # a (N, heads, 1+L, 1+L) per block
     maps = [maps[f'blocks.{index}.attn.attn_drop'] for index in range(len(encoder.blocks))]
     grid = encoder.patch_embed.grid_size
@@ -105,9 +107,9 @@ def attention_figure(encoder, imgs, statistics):
     figure = Figure(figsize=(1.4 * columns, 1.5 * len(imgs)), layout='constrained', dpi=100)
     grid = figure.subplots(len(imgs), columns, squeeze=False)
     for axes, image, flow, maps in zip(grid, pixels, rollout, heads):
-        axes[0].imshow(image)
+        axes[0].imshow(image.numpy())
         for axis, picture in zip(axes[1:], [flow, *maps]):
-            axis.imshow(picture.cpu(), cmap='viridis')
+            axis.imshow(picture.cpu().numpy(), cmap='viridis')
     titles = ['input', 'rollout', *(f'head {head}' for head in range(heads.shape[1]))]
     for axis, title in zip(grid[0], titles):
         axis.set_title(title, fontsize=9)
@@ -119,13 +121,16 @@ def attention_figure(encoder, imgs, statistics):
 # --- Command --------------------------------------------------------------------------------------
 
 
-def read_images(paths, settings, most):
+def read_images(paths, settings, most=None):
     """Images as the model of these settings takes them, (N, C, H, W) normalised.
 
     most: images of a folder, spread over it. Raises InputError if one cannot be read.
     """
+    options = {
+        key: settings.args[key] for key in {'background', 'max_value'} & settings.args.keys()
+    }
     transform, in_chans = centre_transform(settings.sizes['img_size']), settings.sizes['in_chans']
-    images = [transform(read_image(path, in_chans)) for path in image_paths(paths, most)]
+    images = [transform(read_image(path, in_chans, **options)) for path in image_paths(paths, most)]
     return torch.stack([normalise(image, settings.mean, settings.std) for image in images])
 
 
@@ -141,14 +146,17 @@ def draw_reconstruction(args):
 
 
 def draw_spectrum(args):
-    encoders = {path: load_encoder(path) for path in args.checkpoint}
+    paths = [os.path.abspath(path) for path in args.checkpoint]
+    shared = os.path.commonpath([os.path.dirname(path) for path in paths])
+    titles = [os.path.relpath(path, shared) for path in paths]
+    encoders = dict(zip(titles, map(load_encoder, args.checkpoint)))
     if args.random:
         torch.manual_seed(args.seed)
-        _, settings = encoders[args.checkpoint[0]]
+        _, settings = encoders[titles[0]]
         encoders['random weights'] = random_encoder(settings.sizes), settings
     features = {}
-    for path, (encoder, settings) in encoders.items():
-        features[path[-40:]] = block_features(encoder, read_images(args.images, settings, most=100))
+    for title, (encoder, settings) in encoders.items():
+        features[title] = block_features(encoder, read_images(args.images, settings, most=100))
     return spectrum_figure(features)
 
 

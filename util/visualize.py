@@ -17,8 +17,7 @@ def reconstruct(model, imgs, mask_ratio=0.75, noise=None):
     _, pred, mask = model(imgs, mask_ratio, noise)  # (N, L, p*p*C), (N, L)
     pred = pred.float()
     if model.norm_pix_loss:
-        target_image = getattr(model, 'target_image', lambda imgs: imgs)  # ablation/variants.py
-        target = model.patchify(target_image(imgs))
+        target = model.patchify(imgs)
         pred = pred * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)
     reconstruction = model.unpatchify(pred)
     hidden = model.unpatchify(mask.unsqueeze(-1).expand_as(pred)) > 0
