@@ -1,0 +1,287 @@
+"""Figures and features: what they show and say, computed a second way; and their commands."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Processes
+from sklearn.linear_model import LogisticRegression
+from test_model import SMALL, relative
+
+from ablation.variants import VariantMFF
+from models_mff import create_encoder, model_sizes
+from tools import features, visualize
+from util.args import run_job
+from util.visualize import reconstruct, reconstruction_figure
+
+STATISTICS = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
+
+
+@pytest.fixture
+def tool(capsys):
+    """tool(module, *flags) -> what the command prints."""
+
+    def start(module, *flags):
+        run_job(module.main, module.get_parser(), list(map(str, flags)))
+        return capsys.readouterr().out
+
+    return start
+
+
+# --- Reconstruction -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('norm_pix_loss', [True, False])
+@pytest.mark.parametrize('target', ['pixels', 'lowpass'])
+def test_reconstruction_of_a_perfect_model(norm_pix_loss, target):
+    """Whose prediction is the target, patch by patch: the picture shows it in its place."""
+    sizes = {**SMALL, 'norm_pix_loss': norm_pix_loss}
+    model = VariantMFF(target=target, mean=STATISTICS[0], std=STATISTICS[1], **sizes)
+    (height, width), p = model.patch_embed.img_size, model.patch_embed.patch_size[0]
+    imgs = torch.randn(4, 3, height, width)
+    goal = model.target_image(imgs)
+    patches = F.unfold(goal, p, stride=p).view(4, 3, p * p, -1)
+    patches = patches.permute(0, 3, 2, 1).flatten(2)  # (N, L, p*p*C)
+    if norm_pix_loss:
+        mean, var = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
+        patches = (patches - mean) / (var + 1e-6) ** 0.5
+    forward, num_patches = model.forward, patches.shape[1]
+    model.forward = lambda *inputs: (None, patches, forward(*inputs)[2])
+    noise = torch.rand(4, num_patches)
+    place = noise.argsort(1).argsort(1)  # the rank of each patch's noise
+    hidden = (place >= num_patches // 2).view(4, 1, height // p, width // p)
+    hidden = hidden.repeat_interleave(p, 2).repeat_interleave(p, 3)
+    masked, reconstruction, pasted = reconstruct(model, imgs, 0.5, noise)
+    assert torch.equal(masked, torch.where(hidden, 0.0, imgs))
+    assert relative(reconstruction, goal) < 1e-5
+    assert relative(pasted, torch.where(hidden, goal, imgs)) < 1e-5
+
+    figure = reconstruction_figure(model, imgs, STATISTICS, 0.5, noise)
+    (caption,) = (text.get_text() for text in figure.texts)
+    assert caption.startswith('50% ') and ('true mean' in caption) == norm_pix_loss
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in STATISTICS)
+    for axes, expected in zip(figure.axes, (imgs, masked, reconstruction, pasted), strict=True):
+        expected = (expected * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
+        shown = axes.images[0].get_array().reshape(4, -1, width, 3)
+        assert np.abs(shown[:, :height] - expected.numpy()).max() < 1e-5
+        assert (shown[:, height:] == 1).all()  # below each image a white gap
+
+
+# --- Frequency content ----------------------------------------------------------------------------
+
+
+def test_spectrum_of_a_constant_and_of_waves():
+    rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing='ij')
+    constant = visualize.relative_log_amplitude(torch.full((2, 3, 8, 8), 5.0))
+    assert constant.tolist() == pytest.approx([0] + [math.log(1e-6) - math.log(5 * 64)] * 4)
+    for k in range(1, 5):  # 2 + 0.5 cos: amplitude 0.5 / 2 at +-k, both in one place at the highest
+        wave = 2 + 0.5 * torch.cos(2 * math.pi * k * (rows + columns) / 8)
+        spectrum = visualize.relative_log_amplitude(wave.expand(2, 3, 8, 8))
+        assert spectrum[k].item() == pytest.approx(math.log((0.25 if k < 4 else 0.5) / 2), abs=1e-4)
+        assert all(spectrum[other] < -10 for other in range(1, 5) if other != k)
+
+
+def test_spectrum_of_white_noise():
+    """Flat, but zero and the highest are real Gaussians: a mean logarithm lower by ln(2) / 2."""
+    noise = torch.randn(200, 100, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = [0, *[math.log(2) / 2] * 3, 0]
+    assert visualize.relative_log_amplitude(noise).tolist() == pytest.approx(expected, abs=0.03)
+    wide = torch.cat([noise[:2], torch.zeros(2, 100, 8, 5)], dim=-1)  # counts as its square
+    square = visualize.relative_log_amplitude(noise[:2])
+    assert torch.equal(visualize.relative_log_amplitude(wide), square)
+
+
+def test_spectrum_is_of_the_blocks_outputs():
+    encoder, imgs = tiny_encoder(), torch.randn(5, 3, 16, 24)
+    x = encoder.pos_drop(encoder._pos_embed(encoder.patch_embed(imgs)))
+    maps = visualize.block_features(encoder, imgs, batch_size=2)
+    with torch.no_grad():
+        for block, ours in zip(encoder.blocks, maps, strict=True):
+            x = block(x)
+            assert relative(ours, x[:, 1:].transpose(1, 2).reshape(5, -1, 4, 6)) < 1e-5
+    one, other, last = visualize.spectrum_figure({'one': maps, 'other': maps[:2]}).axes
+    assert (len(one.lines), len(other.lines), len(last.lines)) == (4, 2, 2)
+    for number, (line, blocks) in enumerate(zip(one.lines, maps)):
+        expected = visualize.relative_log_amplitude(blocks).tolist()
+        assert line.get_ydata() == pytest.approx(expected)
+        assert last.lines[0].get_ydata()[number] == pytest.approx(expected[-1])
+
+
+# --- Attention ------------------------------------------------------------------------------------
+
+
+def tiny_encoder():
+    torch.manual_seed(0)
+    encoder = create_encoder(model_sizes('vit_nano_patch4', img_size=(16, 24)), 'token').eval()
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # far from uniform attention
+    return encoder
+
+
+def test_attention_and_rollout_by_formula():
+    """softmax(q k / sqrt(d)) of every block; rollout entry by entry, as a sum over all paths."""
+    encoder, imgs = tiny_encoder(), torch.randn(2, 3, 16, 24)
+    heads, rollout = visualize.attention(encoder, imgs)
+    with torch.no_grad():
+        x, flow = encoder._pos_embed(encoder.patch_embed(imgs)), None
+        for block in encoder.blocks:
+            y = block.norm1(x) @ block.attn.qkv.weight.T + block.attn.qkv.bias
+            q, k, _ = y.view(2, 25, 3, 4, 16).permute(2, 0, 3, 1, 4)  # (N, heads, 1+L, d)
+            weights = torch.einsum('nhid,nhjd->nhij', q, k / 16**0.5).softmax(-1)
+            step = 0.5 * weights.mean(1) + 0.5 * torch.eye(25)
+            step = step / step.sum(-1, keepdim=True)
+            flow = step if flow is None else torch.einsum('nij,njk->nik', step, flow)
+            x = block(x)
+    assert relative(heads, weights[:, :, 0, 1:].view(2, 4, 4, 6)) < 1e-5
+    assert relative(rollout, flow[:, 0, 1:].view(2, 4, 6)) < 1e-5
+    assert (weights[:, :, 0].std(1) > 1e-3).any()  # the heads differ
+
+    axes = visualize.attention_figure(encoder, imgs, STATISTICS).axes
+    assert [axis.get_title() for axis in axes[:3]] == ['input', 'rollout', 'head 0']
+    for number, axis in enumerate(axes):
+        image, column = divmod(number, 6)
+        if column:
+            expected = torch.cat([rollout[image, None], heads[image]])[column - 1]
+            assert np.array_equal(axis.images[0].get_array(), expected)
+    before = encoder(imgs)
+    visualize.attention(encoder, imgs)
+    assert torch.equal(encoder(imgs), before) and encoder.blocks[0].attn.fused_attn
+
+
+# --- Features -------------------------------------------------------------------------------------
+
+
+def clusters(count, seed, noise=0.8, width=6):
+    """(features, labels) as extract gives them: the cls token tells four classes apart."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(4, 6, generator=torch.Generator().manual_seed(99))
+    labels = torch.arange(count) % 4
+    x = torch.randn(count, width, generator=generator)
+    told = centres[labels] + noise * torch.randn(count, 6, generator=generator)
+    return {'cls token': torch.cat([told, x[:, 6:]], dim=1), 'mean of patches': x}, labels
+
+
+@pytest.mark.parametrize('penalty', [1e-1, 1e-4])
+def test_logistic_regression_agrees_with_scikit_learn(penalty):
+    found, labels = clusters(300, 0)
+    x = found['cls token'].double()
+    model = torch.nn.Linear(6, 4).double()  # from anywhere: it is convex
+    features.fit_logistic(model, x, labels, penalty)
+    theirs = LogisticRegression(C=1 / (300 * penalty), tol=1e-8, max_iter=1000)
+    theirs = torch.from_numpy(theirs.fit(x.numpy(), labels.numpy()).predict_proba(x.numpy()))
+    assert torch.allclose(model(x).softmax(1), theirs, atol=1e-3)
+
+
+def test_logistic_accuracy_chooses_a_penalty_and_standardises(monkeypatch):
+    """Of few images in many dimensions, most of which say nothing: without one they are fitted."""
+    train, val = clusters(200, 3, 1.2, 66), clusters(1800, 4, 1.2, 66)
+    kept = train[0]['cls token'].clone()
+    accuracy = features.logistic_accuracy(train, val)
+    assert accuracy['cls token'] > 50 and accuracy['mean of patches'] < 35
+    assert torch.equal(train[0]['cls token'], kept)
+    scaled = [({'cls token': part['cls token'] * 1000 + 5}, y) for part, y in (train, val)]
+    again = features.logistic_accuracy(*scaled)['cls token']
+    assert again == pytest.approx(accuracy['cls token'], abs=0.3)
+    monkeypatch.setattr(features, 'PENALTIES', [1e-6])
+    assert features.logistic_accuracy(train, val)['cls token'] < accuracy['cls token'] - 3
+
+
+def test_features_as_a_file(whole, folder, tool, tmp_path):
+    """Of every readable image, by a loop over the files; the classifiers see the same ones."""
+    for path in folder.rglob('*.png'):
+        place = tmp_path / 'more' / path.relative_to(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(path)
+    (tmp_path / 'more/train/circle/damaged.png').write_bytes(b'no image')
+    flags = ['--data_path', tmp_path / 'more', '--init_from', whole.last, '--crop_pct', '1']
+    flags += ['--num_workers', '0', '--device', 'cpu', '--out', tmp_path / 'x.npz']
+    printed = tool(features, '--knn', '3', '--logistic', *flags)
+    found = np.load(tmp_path / 'x.npz')
+    assert found['split'].tolist() == ['train'] * 64 + ['val'] * 20 and '84 images' in printed
+
+    encoder, settings = visualize.load_encoder(str(whole.last))
+    imgs = visualize.read_images(found['names'].tolist()[::7], settings)
+    with torch.no_grad():
+        tokens = encoder.forward_features(imgs)
+    theirs = torch.from_numpy(found['mean_of_patches'][::7])
+    assert relative(torch.from_numpy(found['cls_token'][::7]), tokens[:, 0]) < 0.05  # bicubic
+    assert relative(theirs, tokens[:, 1:].mean(1)) < 0.05
+    names = [Path(name).parent.name for name in found['names']]
+    assert [found['classes'][label] for label in found['labels']] == names
+
+    x, y, held_out = found['cls_token'], found['labels'], found['split'] == 'val'
+    pairs = [
+        ({'cls': torch.from_numpy(x[p])}, torch.from_numpy(y[p])) for p in (~held_out, held_out)
+    ]
+    top1 = features.logistic_accuracy(*pairs)['cls']
+    assert f'logistic regression top-1 {top1:.2f} %  by the cls token, on 20 images' in printed
+
+
+def test_neighbours_are_the_same_on_two_processes(whole, folder, tool):
+    flags = f'--knn 5 --data_path {folder} --init_from {whole.last} --num_workers 0 --device cpu'
+    one = tool(features, *flags.split())
+    assert one.count('5-NN top-1') == 2
+    two = Processes(features, *[flags.split()] * 2)
+    assert two.wait() == [0, 0] and two.printed() == one, two.printed(errors=True)
+
+
+# --- Commands -------------------------------------------------------------------------------------
+
+
+def test_commands_draw(whole, folder, tool, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('a', 'b'):
+        Path(name).mkdir()
+        Path(name, 'checkpoint-last.pth').symlink_to(whole.last)
+    a, b = 'a/checkpoint-last.pth', 'b/checkpoint-last.pth'
+    images = ['--images', folder / 'val', next((folder / 'train').rglob('*.png'))]
+    for flags, expected in [
+        (['reconstruct', a], 'a/reconstruct.png'),
+        (['attention', a, '--out', 'x.svg'], 'x.svg'),
+        (['spectrum', a, b, '--random'], 'a/spectrum.png'),
+    ]:
+        assert tool(visualize, *flags, *images) == f'wrote {expected}\n'
+        assert Path(expected).stat().st_size > 5000
+    args = visualize.get_parser().parse_args(['spectrum', a, b, '--random', *map(str, images)])
+    titles = [axes.get_title() for axes in visualize.draw_spectrum(args).axes]
+    assert titles[:3] == [a, b, 'random weights']
+
+
+def test_a_reconstruction_takes_seed_and_ratio(whole, folder):
+    images, seen = sorted(map(str, (folder / 'val').rglob('*.png')))[:3], []
+    for seed, ratio in (('0', '0.75'), ('0', '0.75'), ('1', '0.75'), ('1', '0.5')):
+        flags = ['reconstruct', str(whole.last), '--seed', seed, '--mask_ratio', ratio]
+        args = visualize.get_parser().parse_args([*flags, '--images', *images])
+        axes = visualize.draw_reconstruction(args).axes
+        inputs, masked = (
+            np.asarray(axes[k].images[0].get_array()).reshape(3, -1, 16, 3)[:, :16] for k in (0, 1)
+        )
+        same = (inputs == masked).all(-1).reshape(3, 4, 4, 4, 4)  # row, its pixels, column, pixels
+        seen.append(same.all((2, 4)))
+        assert seen[-1].sum((1, 2)).tolist() == [round(16 * (1 - float(ratio)))] * 3
+    assert (seen[0] == seen[1]).all() and (seen[0] != seen[2]).any()
+    assert (seen[0][0] != seen[0][1]).any()
+
+
+@pytest.mark.parametrize(
+    'module, flags, told',
+    [
+        (visualize, 'attention {last} {last} --images {folder}', 'one checkpoint'),
+        (visualize, 'spectrum {last} --images {folder}/no.png', 'no.png'),
+        (visualize, 'reconstruct {last} --images {empty}', '{empty}'),
+        (visualize, 'reconstruct {last} --images {folder} --out {empty}/a/b.png', 'b.png'),
+        (visualize, 'curves {last} --images {folder}', 'curves'),
+        (features, '--init_from {last} --data_path {folder}', '--knn'),
+        (features, '--init_from {last} --data_path {folder} --out {empty}', '{empty}'),
+        (features, '--init_from {last} --data_path {folder}/val/circle --knn 5', 'validation'),
+    ],
+)
+def test_mistakes_get_one_line(module, flags, told, whole, folder, tmp_path, tool, capsys):
+    places = {'last': whole.last, 'folder': folder, 'empty': tmp_path}
+    with pytest.raises(SystemExit) as stop:
+        tool(module, *flags.format(**places).split())
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and told.format(**places) in lines[-1]
