@@ -69,7 +69,9 @@ def main(args):
     if args.predict:
         return predict(args, device, file, settings, segment)
     pairs = partial(segmentation.open_pairs, args=options, sizes=sizes, classes=settings.classes)
-    train_source, val_source = sources.open_sources(args, sizes, only_val=args.eval, opener=pairs)
+    train_source, val_source = sources.open_sources(
+        options, sizes, only_val=args.eval, opener=pairs
+    )
     if val_source is None:
         raise InputError(f'{args.data_path}: no images/val; give --val_path, or --val_share 0.1')
     classes = val_source.classes
@@ -119,7 +121,7 @@ def settle(args, file):
 
     Returns:
         settings: with the sizes of UperNet, and the classes of the segmenter, or None.
-        options: args, with scale, and with what numbers in masks mean.
+        options: args, with these: levels, scale, what numbers in masks mean, what is held out.
         segment: (model, imgs, size) -> classes of the pixels, as segmentation.segment.
     """
     settings, classes, then = weights.settings_of(args, file), None, {}
@@ -129,11 +131,11 @@ def settle(args, file):
         classes = settings.classes or usual  # mmsegmentation records none
         aux_channels = file['model']['aux_head.2.weight'].shape[1]
         then = settings.args | {'channels': head.shape[1], 'aux_channels': aux_channels}
-    options = argparse.Namespace(**vars(args))
-    followed = 'levels', 'channels', 'aux_channels', 'scale', 'ignore_label', 'reduce_zero_label'
-    for name in followed:
-        if getattr(args, name) is None:
-            setattr(options, name, then.get(name))
+    names = 'levels', 'channels', 'aux_channels', 'scale', 'ignore_label', 'reduce_zero_label'
+    unset = {name: then.get(name) for name in names if getattr(args, name) is None}
+    if args.eval and not args.val_share and args.data_path == then.get('data_path'):
+        unset['val_share'] = then.get('val_share', 0.0)  # what was held out, not all
+    options = argparse.Namespace(**vars(args) | unset)
     sizes = {name: settings.sizes[name] for name in ENCODER}
     sizes['levels'] = tuple(options.levels or default_levels(sizes['depth']))
     sizes['channels'] = options.channels or sizes['embed_dim']
@@ -213,9 +215,10 @@ def evaluate(model, loader, segment, autocast, run=None):
 def summary(values, classes):
     """The lines to print of an evaluation."""
     ious = [values[f'val_iou/{name}'] for name in classes]
-    seen, numbers = sum(iou == iou for iou in ious), [*values.values()][:3]
     lines = [f'{name:>24} {iou:6.2f}' for name, iou in zip(classes, ious)]
-    lines.append('mIoU {:.2f} %  mean accuracy {:.2f} %  pixel accuracy {:.2f} %'.format(*numbers))
+    names = {'val_miou': 'mIoU', 'val_macc': 'mean accuracy', 'val_pixel_acc': 'pixel accuracy'}
+    lines.append('  '.join(f'{names[key]} {values[key]:.2f} %' for key in names))
+    seen = sum(iou == iou for iou in ious)
     if seen < len(ious):
         lines.append(f'over {seen} of {len(ious)} classes: nan is neither there nor predicted')
     return '\n'.join(lines)

