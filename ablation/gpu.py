@@ -48,7 +48,7 @@ def get_parser():
     add = parser.add_argument
     add('out', type=Path, metavar='OUT', help='a folder')
     add('--stages', nargs='+', choices=STAGES, default=list(STAGES), help='(default: all)')
-    add('--minutes', type=number(float, 0), default=8.5, help='of a stage')
+    add('--minutes', type=number(float, 0), default=7.5, help='of a stage, about')
     add('--images', type=Path, help='a folder of folders, or a .tar (default: drawn pictures)')
     add('--cifar10', type=Path, help='a folder with train/ and test/, or its .tar.gz')
     add('--rehearse', action='store_true', help='toy sizes on a CPU, nothing is compiled')
