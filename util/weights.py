@@ -223,14 +223,12 @@ def convert_state_dict(state):
 
 def split_bias(state):
     """The biases of qkv as UperNet's encoder has them. That of keys goes: softmax cancels it."""
-    split = {}
-    for name, bias in state.items():
-        if name.endswith('attn.qkv.bias'):
-            third, name = len(bias) // 3, name.removesuffix('qkv.bias')
-            split |= {f'{name}q_bias': bias[:third], f'{name}v_bias': bias[2 * third :]}
-        else:
-            split[name] = bias
-    return split
+    state = dict(state)
+    for name in [name for name in state if name.endswith('attn.qkv.bias')]:
+        bias, start = state.pop(name), name.removesuffix('qkv.bias')
+        third = len(bias) // 3
+        state |= {f'{start}q_bias': bias[:third], f'{start}v_bias': bias[2 * third :]}
+    return state
 
 
 def open_vit(content, key=None):
@@ -487,7 +485,7 @@ def load(model, file, complete=False, classes=None):
 
     eps = file.get('layer_norm_eps', 1e-6)
     if eps != 1e-6:
-        notes.append(f'eps of LayerNorm {eps if complete else 1e-6}, and {eps} in the file')
+        notes.append(f'eps of LayerNorm {eps if complete else f"1e-06, not {eps}"}')
     for module in model.modules() if complete else ():
         if isinstance(module, torch.nn.LayerNorm):
             module.eps = eps
