@@ -94,7 +94,8 @@ def learning_rate(step, schedule, scale=1.0):
        LinearLR(start_factor=1e-4) and CosineAnnealingLR, per iteration).
        decay 'linear': a line that reaches min_lr on the last step (mmengine's PolyLR, power 1).
     """
-    lr, min_lr, warmup = schedule.lr * scale, schedule.min_lr, schedule.warmup_steps
+    lr, warmup = schedule.lr * scale, schedule.warmup_steps
+    min_lr = schedule.min_lr if scale else 0.0  # 0: the group stays as it is
     if step < warmup:
         return lr * (schedule.warmup_from + (1 - schedule.warmup_from) * step / max(1, warmup - 1))
     if schedule.decay == 'cosine':
