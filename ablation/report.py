@@ -22,6 +22,7 @@ MEASURES = {  # name of a curve in a result: its title
     'logistic_patches': 'logistic, mean of patches',
     'finetune': 'fine-tuning',
 }
+SUMMARY = ['val_knn_patches', 'val_loss']  # of these, a figure of their own
 RANDOM, BASE = 'random', 'MAE'  # the zero line, and what the others are compared with
 
 
@@ -36,7 +37,7 @@ def main(args):
 
 
 def write_report(folder):
-    """Write table.md, curves.png and fusion.png into a folder of results. Returns the table.
+    """Write table.md, summary.png, curves.png and fusion.png into a folder. Returns the table.
 
     Raises:
         InputError: if there are no results.
@@ -46,7 +47,13 @@ def write_report(folder):
         raise InputError(f'{folder}: no results of finished runs')
     table = make_table(groups)
     Path(folder, 'table.md').write_text(table + '\n')
-    for name, panels in (('curves', curve_panels(groups)), ('fusion', fusion_panels(groups))):
+    others = [name for name in MEASURES if name not in SUMMARY]
+    figures = {
+        'summary': curve_panels(groups, SUMMARY),
+        'curves': curve_panels(groups, others),
+        'fusion': fusion_panels(groups),
+    }
+    for name, panels in figures.items():
         if panels:
             make_figure(panels).savefig(Path(folder, f'{name}.png'))
     return table
@@ -145,10 +152,11 @@ def epochs_to_reach(points, value):
 # --- Figures: {title of a panel: ({label: [points of a seed]}, values of random weights)} ---------
 
 
-def curve_panels(groups):
+def curve_panels(groups, measures):
     """A panel for each measure that was taken more than once in a run, a line per variant."""
     panels = {}
-    for name, title in MEASURES.items():
+    for name in measures:
+        title = MEASURES[name]
         curves, starts = curves_of(groups, name)
         lines = {variant: list(group.values()) for variant, group in curves.items()}
         if any(len(points) > 1 for runs in lines.values() for points in runs):

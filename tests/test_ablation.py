@@ -298,7 +298,7 @@ def test_report_of_known_numbers(results, capsys):
     assert any(line.endswith('seed by seed: 3.5, 3.5, 3.6, of 4') for line in table)
     assert table[-2:] == ['the command  ', 'a CPU; torch 0']
     assert (results / 'curves.png').stat().st_size > 5000
-    panels = report.curve_panels(report.read_results(results))
+    panels = report.curve_panels(report.read_results(results), report.MEASURES)
     _, axes = report.make_figure(panels).axes
     lines = {}
     for line in axes.lines:
