@@ -12,7 +12,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from util import checkpoint, data, distributed, optim, sources, transforms
-from util.errors import INTERRUPTED, InputError
+from util.errors import InputError, Interrupted
 from util.log import Log
 
 MOST_COSINES = 2**25  # at a time: 128 MB
@@ -86,11 +86,11 @@ class Run:
         )
 
     def save_and_exit(self):
-        """What was asked to stop ends here: SystemExit with INTERRUPTED, once the file is there."""
+        """What was asked to stop ends here: it raises Interrupted once the file is there."""
         self.saver.save(self.step, checkpoint.LAST, required=True)
         distributed.barrier()  # the launcher would end all with the first that exits
         self.log.say(f'Stopped after step {self.step}, and saved; the same command resumes it')
-        raise SystemExit(INTERRUPTED)
+        raise Interrupted(f'at step {self.step}')
 
 
 def mixed_precision(amp, device):
@@ -116,7 +116,7 @@ def train_epoch(run, loss_fn, loader, epoch):
 
     Raises:
         FloatingPointError, RunError: as Log.step and checkpoint.Saver.save do.
-        SystemExit: with code INTERRUPTED, when asked to stop; it has saved.
+        Interrupted: when asked to stop; it has saved.
     """
     schedule = run.schedule
     run.model.train()
@@ -177,7 +177,7 @@ def evaluation_batches(loader, run=None):
 
     Raises:
         RunError: at the end, if too many images could not be read.
-        SystemExit: as train_epoch does; the same command does this evaluation again.
+        Interrupted: as train_epoch does; the same command does this evaluation again.
     """
     loader.num_bad = 0
     hidden = None if distributed.is_first() else True  # None: where there is no terminal

@@ -11,7 +11,7 @@ import sys
 import torch
 
 from util import data, distributed
-from util.errors import InputError, RunError
+from util.errors import INTERRUPTED, InputError, Interrupted, RunError
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -57,6 +57,8 @@ def run_job(main, parser, argv=None):
         sys.stdout.flush()
     except SystemExit as request:
         code = request.code or 0
+    except Interrupted:
+        code = INTERRUPTED
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except BrokenPipeError:  # whoever reads the output, such as head, has closed it

@@ -6,6 +6,13 @@ import os
 INTERRUPTED = 75  # exit code of a run that was asked to stop and has saved
 
 
+class Interrupted(KeyboardInterrupt):
+    """A run was asked to stop, and has saved. A job exits with INTERRUPTED; a notebook goes on."""
+
+    def _render_traceback_(self):  # what IPython shows
+        return [f'Interrupted: {self}']
+
+
 class InputError(ValueError):
     """A mistake that the user can correct. A job prints it as one line and exits with code 2."""
 
