@@ -297,7 +297,7 @@ def test_report_of_known_numbers(results, capsys):
     # From (2, 30) to (4, 43 + shift), up to 40 + shift: 2 + 2 * (10 + shift) / (13 + shift)
     assert any(line.endswith('seed by seed: 3.5, 3.5, 3.6, of 4') for line in table)
     assert table[-2:] == ['the command  ', 'a CPU; torch 0']
-    assert (results / 'curves.png').stat().st_size > 5000
+    assert (results / 'summary.png').stat().st_size > 5000
     panels = report.curve_panels(report.read_results(results), report.MEASURES)
     _, axes = report.make_figure(panels).axes
     lines = {}
