@@ -293,10 +293,6 @@ def profile(args, device):
 # --- True -----------------------------------------------------------------------------------------
 
 
-def true(args):
-    return {'runs': partial(ablate, args)}
-
-
 def ablate(args):
     """Run recipes/ablation_gpu.txt until the time is over. RunError if there are runs left."""
     words = [f'@{ROOT}/recipes/ablation_gpu.txt', '--results', args.out / 'true']
@@ -322,7 +318,7 @@ def ablate(args):
     return []
 
 
-STAGES = {'right': right, 'fast': fast, 'true': true}
+STAGES = {'right': right, 'fast': fast, 'true': lambda args: {'runs': partial(ablate, args)}}
 
 # --- The page -------------------------------------------------------------------------------------
 

@@ -182,8 +182,6 @@ def read_accuracies(printed):
 
 # --- Commands, each in a process that has everything imported -------------------------------------
 
-children = []
-
 
 def run_module(module, output, flags):
     """What python -m MODULE FLAGS prints, which also goes to the file `output`.
@@ -195,7 +193,6 @@ def run_module(module, output, flags):
     context.set_forkserver_preload(['ablation.pretrain', 'tools.features', 'main_finetune'])
     child = context.Process(target=work, args=(module, output, list(map(str, flags))))
     open(output, 'w').close()
-    children.append(child)
     child.start()
     child.join()
     with open(output) as file:
@@ -217,7 +214,7 @@ def work(module, output, flags):
 
 def stop(*_):
     """End all commands: those that train save first."""
-    for child in children:
+    for child in multiprocessing.active_children():
         child.terminate()
     raise KeyboardInterrupt
 
