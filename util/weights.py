@@ -324,8 +324,8 @@ class Settings:
     """What a model is built with: by flags, then a file, then --model or what is usual."""
 
     sizes: dict  # as model_sizes gives them
-    mean: tuple  # of the pixels, in 0..1, per channel
-    std: tuple
+    mean: tuple = IMAGENET_DEFAULT_MEAN  # of the pixels, in 0..1, per channel
+    std: tuple = IMAGENET_DEFAULT_STD
     classes: list | None = None  # names, of the file
     crop_pct: float = 0.875  # share of a test image that is seen
     args: dict = field(default_factory=dict)  # flags of the run that made the file
