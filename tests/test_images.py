@@ -69,16 +69,14 @@ def test_exif_orientation(kind, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     content = saved(PICTURE, kind, exif=exif)
-    assert np.array_equal(
-        images.decode(content).permute(1, 2, 0).numpy(), upright(as_shown(content))
-    )
+    image = images.decode(content).permute(1, 2, 0).numpy()
+    assert np.array_equal(image, upright(as_shown(content)))
 
 
 def jpegs():
     # No colours that leave 0..255 on the way: PIL would clip them before it makes them grey.
-    noise = Image.fromarray(
-        np.random.default_rng(0).integers(100, 156, (60, 80, 3), dtype=np.uint8)
-    )
+    pixels = np.random.default_rng(0).integers(100, 156, (60, 80, 3), dtype=np.uint8)
+    noise = Image.fromarray(pixels)
     plain = saved(noise, 'JPEG')
     return {
         'colour': plain,
@@ -190,10 +188,8 @@ def test_files_of_more_than_8_bits():
 
 @pytest.mark.parametrize('dtype, white', [(np.uint8, 1), (np.uint16, 65535), (np.float64, 1)])
 def test_arrays_of_other_channel_counts(dtype, white):
-    array = np.random.default_rng(0).uniform(0, 1, (9, 7, 5)) * (
-        255 if dtype == np.uint8 else white
-    )
-    array = array.astype(dtype)
+    largest = 255 if dtype == np.uint8 else white
+    array = np.random.default_rng(0).uniform(0, largest, (9, 7, 5)).astype(dtype)
     image = images.decode(as_npy(array), in_chans=5)
     assert image.dtype == (torch.uint8 if dtype == np.uint8 else torch.float32)
     assert np.allclose(image.permute(1, 2, 0).numpy(), array / white)

@@ -132,29 +132,21 @@ def test_both_spellings_of_a_letter_are_one_class(tmp_path):
     assert train.classes == ['z', spelled[0]] and sorted(train.labels) == [0, 1, 1]
 
 
-def test_listing_is_that_of_os_walk(tmp_path):
+def test_listing(tmp_path):
     """With links to files and folders, back, to themselves and nowhere, and odd names."""
-    root = write(tmp_path / 'tangle', 'a/1.png', 'a/deep/2.JPG', 'a-b/3.png', '.hidden/5.png')
-    write(root, 'b/.6.png', 'b/notes.txt', os.fsdecode(b'caf\xe9/8.png'), 'new\nline.png')
-    write(tmp_path / 'elsewhere', 'x/10.png', '11.png')
-    links = {'a/deep/loop': '.', 'b/to_a': 'a', 'a/to_b': 'b', 'out': '../elsewhere'}
+    odd = os.fsdecode(b'caf\xe9/8.png')
+    root = write(tmp_path / 'root', 'a/1.png', 'a-b/3.JPG', '.hidden/5.png', odd, 'b/notes.txt')
+    write(tmp_path / 'elsewhere', 'x/10.png')
+    links = {'a/loop': '.', 'b/to_a': 'a', 'a/to_b': 'b', 'out': '../elsewhere'}
     links |= {'linked.png': 'a/1.png', 'self.png': 'self.png', 'nowhere.png': 'nothing'}
     for link, target in links.items():
         os.symlink(root / target, root / link)
     os.mkfifo(root / 'pipe.png')
-    expected, others = [], Counter()
-    for folder, folders, found in os.walk(root, followlinks=True):
-        parts = os.path.relpath(folder, root).split('/')
-        above = [os.path.realpath(os.path.join(root, *parts[:i])) for i in range(len(parts) + 1)]
-        folders[:] = [
-            name
-            for name in folders
-            if name[0] != '.' and os.path.realpath(os.path.join(folder, name)) not in above
-        ]
-        paths = [os.path.join(folder, name) for name in found if name[0] != '.']
-        expected += [os.path.relpath(path, root) for path in paths if not path.endswith('.txt')]
-    assert sources.list_files(str(root), EXTENSIONS, others) == sorted(map(os.fsencode, expected))
-    assert set(others) == {'.txt'} and len(expected) == 13
+    expected = ['a-b/3.JPG', 'a/1.png', 'b/to_a/1.png', odd, 'linked.png', 'nowhere.png']
+    expected += ['out/x/10.png', 'pipe.png', 'self.png']
+    others = Counter()
+    assert sources.list_files(str(root), EXTENSIONS, others) == list(map(os.fsencode, expected))
+    assert set(others) == {'.txt'}
     train, _ = open_sources(root)
     for name, problem in {'self.png': 'Too many levels', 'pipe.png': 'not an image'}.items():
         with pytest.raises(ValueError, match=f'{root}/{name}: {problem}'):
@@ -167,18 +159,6 @@ def test_paths_that_a_user_types(tmp_path):
     assert found == [f'{tmp_path}/{index:02}.png' for index in (0, 5, 10, 15)] + ['other.gif']
     with pytest.raises(InputError, match='no image in'):
         sources.image_paths([str(write(tmp_path / 'x', 'a.txt'))])
-
-
-def test_what_grows_with_the_number_of_images_is_arrays(tmp_path):
-    """Which forked workers share."""
-    found = [f'{index % 2}/{index}.png' for index in range(200)]
-    write(tmp_path / 'data', *found)
-    write_tar(tmp_path / 'data.tar', found)
-    for path in (tmp_path / 'data', tmp_path / 'data.tar'):
-        source, _ = open_sources(path, download_dir=str(tmp_path / 'cache'))
-        held = [*vars(source).values(), *getattr(source.read, 'args', ())]
-        held = [value for value in held if hasattr(value, '__len__') and len(value) >= 200]
-        assert len(held) >= 2 and all(value.dtype.kind in 'Si' for value in held)
 
 
 def test_images_of_12_bits_in_files_of_16(tmp_path):
@@ -253,9 +233,9 @@ def test_mistakes(found, flags, message, tmp_path):
     assert '\n' not in str(error.value)
 
 
-def test_nothing_that_can_be_read(tmp_path):
+def test_a_few_of_many_are_tried(tmp_path):
     write(tmp_path, *(f'{index}.png' for index in range(40)), content=b'404 Not Found')
-    with pytest.raises(InputError, match='no image that .*/9.png: not an image of a known'):
+    with pytest.raises(InputError, match='no image .*.png: not an image of a known'):
         open_sources(tmp_path)
     write(tmp_path, '30.png')
     assert len(open_sources(tmp_path)[0]) == 40
@@ -317,6 +297,7 @@ def test_a_share_is_held_out_by_class_and_hash_of_the_name(tmp_path):
         ('\ufeff1é.png\n# a comment\n\nx y/2 b.png\r\n', '1é.png, x y/2 b.png', None),
         ('b.png\tdog\na.png\tmy cat\n', 'b.png, a.png', 'dog, my cat'),
         ('b.png,dog\na.png , my cat\n', 'b.png, a.png', 'dog, my cat'),
+        ('no ending\tdog.png\na.png \t my cat\n', 'no ending, a.png', 'dog.png, my cat'),
         ('b.png 10\na.png 9\nx y/a.png 9', 'b.png, a.png, x y/a.png', '10, 9, 9'),
         ('path,label\nb.png,dog\na.png,cat\n', 'b.png, a.png', 'dog, cat'),
         ('file\tclass\nb.png\tdog\na.png\tcat\n', 'b.png, a.png', 'dog, cat'),
@@ -353,17 +334,15 @@ def test_mistakes_in_lists(text, message, tmp_path):
         open_sources(tmp_path / 'list.txt', True, val_path=str(tmp_path / 'list.txt'))
 
 
-def test_a_list_of_missing_images(tmp_path):
-    """Which are not looked for: one that is missing is a bad image like any other."""
+def test_a_list_names_images_twice_or_missing_ones(tmp_path):
+    """A missing one is bad like any other; equal names are on one side."""
     write(tmp_path, *(f'{index}.png' for index in range(50)))
     lines = [f'{tmp_path}/{index}.png' for index in range(50)] * 2 + ['missing.png']
     (tmp_path / 'list.txt').write_text('\n'.join(lines))
     train, val = open_sources(tmp_path / 'list.txt', val_share=0.1)
-    assert len(train) + len(val) == 101
-    assert not set(names(train)) & set(names(val))  # of names that are there twice
-    source, _ = open_sources(tmp_path / 'list.txt')
+    assert len(train) + len(val) == 101 and not set(names(train)) & set(names(val))
     with pytest.raises(ValueError, match=f'^{tmp_path}/missing.png: No such file'):
-        source[100]
+        open_sources(tmp_path / 'list.txt')[0][100]
 
 
 def test_the_official_tars_of_imagenet(tmp_path):
@@ -377,14 +356,8 @@ def test_the_official_tars_of_imagenet(tmp_path):
     write_tar(root / 'ILSVRC2012_img_val.tar', [f'ILSVRC2012_val_{i}.JPEG' for i in range(4)])
     cache = {'download_dir': str(tmp_path / 'cache')}
     train, val = open_sources(root, **cache)
-    assert train.classes == ['n01440764', 'n01443537'] and train.labels.tolist() == [
-        0,
-        0,
-        0,
-        1,
-        1,
-        1,
-    ]
+    assert train.classes == ['n01440764', 'n01443537']
+    assert train.labels.tolist() == [0] * 3 + [1] * 3
     assert val.classes is None and len(val) == 4
     check_images(train)
     lines = [f'ILSVRC2012_img_val.tar/ILSVRC2012_val_{i}.JPEG\tn01443537\n' for i in (3, 0, 2)]
@@ -392,9 +365,7 @@ def test_the_official_tars_of_imagenet(tmp_path):
     flags = {'val_path': str(root / 'val.txt'), **cache}
     train, val = open_sources(root / 'ILSVRC2012_img_train.tar', True, **flags)
     check_images(val)
-    assert (
-        len(train) == 6 and val.labels.tolist() == [1, 1, 1] and names(val)[0].endswith('_3.JPEG')
-    )
+    assert len(train) == 6 and val.labels.tolist() == [1, 1, 1]
     (root / 'val.txt').write_text('ILSVRC2012_img_val.tar/nothing.JPEG\tn01443537\n')
     with pytest.raises(InputError, match='val.txt: no image ILSVRC2012_img_val.tar/nothing.JPEG'):
         open_sources(root / 'val.txt', **cache)
@@ -453,29 +424,26 @@ def test_the_index_is_kept_until_the_tar_changes(tmp_path, capsys):
     assert 'the index is not kept' in capsys.readouterr().out
 
 
-def read_often(source, seed, wrong):
-    expected = [colour(name) for name in names(source)]
-    for index in np.random.default_rng(seed).integers(0, len(source), 1000).tolist():
-        wrong.value += source[index][0][:, 0, 0].tolist() != expected[index]
+def read_often(source, seed):
+    order = np.random.default_rng(seed).integers(0, len(source), 300).tolist()
+    assert all(source[i][0][:, 0, 0].tolist() == colour(source.path(i)) for i in order)
 
 
-def count_wrong(source):
-    """Images that three forked processes read wrong, after this one has read."""
+def check_forks(source):
+    """Three forked processes read the right images after this one has read."""
     check_images(source)
-    context = multiprocessing.get_context('fork')
-    counts = [context.Value('i', 0) for _ in range(3)]
-    workers = [context.Process(target=read_often, args=(source, *x)) for x in enumerate(counts)]
+    fork = multiprocessing.get_context('fork')
+    workers = [fork.Process(target=read_often, args=(source, seed)) for seed in range(3)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
         assert worker.exitcode == 0
-    return sum(count.value for count in counts)
 
 
 def test_forked_workers_do_not_disturb_each_other(tmp_path):
     path = write_tar(tmp_path / 'x.tar', [f'{index}.png' for index in range(99)])
-    assert count_wrong(open_tar(path, tmp_path)[0]) == 0
+    check_forks(open_tar(path, tmp_path)[0])
 
 
 def test_more_tars_than_files_may_be_open(tmp_path, monkeypatch):
@@ -492,21 +460,15 @@ def test_damaged_tars(tmp_path):
     content = write_tar(tmp_path / 'x.tar', [f'{index}.png' for index in range(30)]).read_bytes()
     header = 20 * 1024  # each image takes two blocks
     damaged = content[: header + 3] + b'\xff' + content[header + 4 :]
-    faults = {
-        content[:5700]: 'cut off, damaged',
-        damaged: 'damaged header at byte 20480',
-        b'': 'empty file',
-        gzip.compress(content): 'not a plain tar',
-        bytes(10240): 'no image that can be read',
-    }
-    for fault, message in faults.items():
-        (tmp_path / 'x.tar').write_bytes(fault)
-        with pytest.raises(InputError, match=f'x.tar: .*{message}'):
-            open_tar(tmp_path / 'x.tar', tmp_path)
+    faults = {content[:5700]: 'cut off, damaged', damaged: 'damaged header at byte 20480'}
+    for fault, message in (faults | {gzip.compress(content): 'not a plain tar'}).items():
+        write(tmp_path, 'x.tar', content=fault)
         write_tar(tmp_path / 'outer.tar', {'n01.tar': fault, 'n02.tar': content})
-        if 'no image' not in message:
-            with pytest.raises(InputError, match='outer.tar: cut off, damaged, or'):
-                open_tar(tmp_path / 'outer.tar', tmp_path)
+        for name, expected in (('x', message), ('outer', 'cut off, damaged, or')):
+            with pytest.raises(InputError, match=f'{name}.tar: .*{expected}'):
+                open_tar(tmp_path / f'{name}.tar', tmp_path)
+    with pytest.raises(InputError, match='x.tar: no image that can be read'):
+        open_tar(write_tar(tmp_path / 'x.tar', []), tmp_path)
 
 
 def test_a_tar_that_shrinks_or_vanishes(tmp_path):
@@ -565,9 +527,10 @@ def test_numbers_of_shards_are_no_classes(tmp_path):
     write_shards(tmp_path / 'x', '{:04}.tar', [[1, None, 3], [1, 2, 3]])
     with pytest.raises(InputError, match='0000/1.png has none'):
         open_tar(tmp_path / 'x', tmp_path, labelled=True, val_path=str(tmp_path / 'x'))
-    for wnid in ('n01440764', 'n01443537', 'n01484850'):
+    wnids = ['n01440764', 'n01443537', 'n01484850']
+    for wnid in wnids:
         write_tar(tmp_path / f'y/{wnid}.tar', [f'{wnid}_1.png'])
-    assert open_tar(tmp_path / 'y', tmp_path)[0].classes == ['n01440764', 'n01443537', 'n01484850']
+    assert open_tar(tmp_path / 'y', tmp_path)[0].classes == wnids
 
 
 # --- Tables of the datasets library ---------------------------------------------------------------
@@ -605,7 +568,7 @@ def test_tables(table, tmp_path):
         assert val.labels.tolist() == [0, 1, 2, 0, 1, 2]
         train, val = open_sources(tmp_path / folder, label_key='kind')
         assert train.classes == ['even', 'odd'] and val.labels.tolist() == [0, 1] * 3
-    assert count_wrong(train) == 0
+    check_forks(train)
     (tmp_path / 'one').mkdir()
     table.to_parquet(tmp_path / 'one/x.parquet')
     train, val = open_sources(tmp_path / 'one', val_share=0.25, labelled=True)
@@ -667,28 +630,25 @@ def test_torchvision_sets(tmp_path):
 def test_unlabelled_images_train_no_classifier(tmp_path, monkeypatch):
     """STL-10: 'train' and 'unlabeled' for pre-training, 'train' alone where labels are needed."""
     root = tmp_path / 'stl10_binary'
-    root.mkdir()
     monkeypatch.setattr(torchvision.datasets.STL10, '_check_integrity', lambda self: True)
     for part, count in (('train', 20), ('test', 10), ('unlabeled', 30)):
-        (root / f'{part}_X.bin').write_bytes(bytes(count * 3 * 96 * 96))
-        (root / f'{part}_y.bin').write_bytes(bytes(1 + index % 10 for index in range(count)))
-    (root / 'class_names.txt').write_text('\n'.join('abcdefghij'))
+        write(root, f'{part}_X.bin', content=bytes(count * 3 * 96 * 96))
+        write(root, f'{part}_y.bin', content=bytes(1 + i % 10 for i in range(count)))
+    write(root, 'class_names.txt', content=b'\n'.join(b'%c' % c for c in b'abcdefghij'))
     train, val = open_sources('torch/stl10', download_dir=tmp_path)
-    assert (len(train), len(val)) == (50, 10) and train[40][1] == -1
-    assert (train.labels == -1).sum() == 30
+    assert (len(train), len(val), (train.labels == -1).sum()) == (50, 10, 30)
     train, val = open_sources('torch/stl10', labelled=True, download_dir=tmp_path)
-    assert (len(train), len(val)) == (20, 10) and train.labels.tolist() == list(range(10)) * 2
+    assert (len(val), train.labels.tolist()) == (10, list(range(10)) * 2)
     assert train.classes == list('abcdefghij')
 
 
 def test_a_torchvision_set_without_splits(tmp_path):
-    for label in 'AB':
-        write(tmp_path / 'eurosat/2750', *(f'{label}/{index}.jpg' for index in range(10)))
+    write(tmp_path / 'eurosat/2750', 'A/1.jpg', 'B/2.jpg')
     train, val = open_sources('torch/eurosat', download_dir=tmp_path)
-    assert len(train) == 20 and val is None and train.classes == ['A', 'B']
+    assert len(train) == 2 and val is None and train.classes == ['A', 'B']
 
 
-@pytest.mark.parametrize('name', ['cifar10', 'stl10', 'flowers102', 'oxford_iiit_pet'])
+@pytest.mark.parametrize('name', ['cifar10', 'oxford_iiit_pet'])
 def test_missing_torchvision_sets(name, tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise urllib.error.URLError('no network')

@@ -27,7 +27,7 @@ SPLIT = re.compile(  # 'Training', 'test_set', 'val2017', 'ILSVRC2012_img_val'
 ENDINGS = tuple(map(os.fsencode, EXTENSIONS))
 ENDING = '|'.join(map(re.escape, EXTENSIONS))
 LINE = re.compile(  # name, class; a third column is not read as part of the class
-    rf'(.*(?:{ENDING}))(?:(?:\t|\s*,(?!.*,)|\s)\s*([^\s,].*))?', re.IGNORECASE
+    rf'([^\t]+?(?=\s*\t)|.*(?:{ENDING}))(?:(?:\s*\t|\s*,(?!.*,)|\s)\s*([^\s,].*))?', re.IGNORECASE
 )
 
 
@@ -80,13 +80,11 @@ def image_paths(paths, most=None):
     """
     found = []
     for path in paths:
+        names = [path]
         if os.path.isdir(path):
-            names = list_files(path, EXTENSIONS)
-            count = min(len(names), most or len(names))
-            chosen = [names[i * len(names) // count] for i in range(count)]
-            found += [os.path.join(path, os.fsdecode(name)) for name in chosen]
-        else:
-            found.append(path)
+            names = [os.path.join(path, os.fsdecode(x)) for x in list_files(path, EXTENSIONS)]
+            names = names[:: max(1, -(-len(names) // most)) if most else 1]
+        found += names
     if not found:
         raise InputError(f'no image in {", ".join(paths)}')
     return found
@@ -223,10 +221,11 @@ def load_index(tars, cache_dir, label_key='label'):
     Raises InputError if a tar cannot be read to its end.
     """
     with as_input_error():
-        stats = [os.stat(path) for path in tars]
-    versions = [(status.st_size, status.st_mtime_ns) for status in stats]
-    key = repr((list(map(os.path.realpath, tars)), versions, list(tars.values()), label_key))
-    name = hashlib.sha256(os.fsencode(key + ENDING)).hexdigest()[:16]
+        key = [
+            (os.path.realpath(path), os.path.getsize(path), os.stat(path).st_mtime_ns, folder)
+            for path, folder in tars.items()
+        ]
+    name = hashlib.sha256(os.fsencode(f'{key} {label_key} {ENDING}')).hexdigest()[:16]
     cache = os.path.join(cache_dir, f'tar-index-{name}.npz')
     with contextlib.suppress(Exception):  # not there, or damaged
         return tuple(np.load(cache, allow_pickle=False).values())
@@ -271,15 +270,14 @@ def read_label(content, kind, key):
     """The class in a .cls file, or in a .json file at a key, as bytes; b'' for none."""
     if kind == b'.cls':
         return content.strip() if key == 'label' else b''
-    try:
+    with contextlib.suppress(ValueError, LookupError, TypeError):
         return as_class(json.loads(content)[key])
-    except (ValueError, LookupError, TypeError):
-        return b''
+    return b''
 
 
 def as_class(value):
-    """A class as JSON or a table gives it -> bytes, b'' for none."""
-    return b'' if value is None else os.fsencode(str(value))
+    """A class as JSON or a table gives it -> bytes, b'' for none, such as a table's NaN."""
+    return os.fsencode(str(value)) if isinstance(value, (int, str)) else b''
 
 
 def members(file):
@@ -327,7 +325,7 @@ def read_list(path):
         text = file.read(4096)
         lines = [] if '\0' in text else [line.strip() for line in (text + file.read()).split('\n')]
     lines = [line for line in lines if line and line[0] != '#']
+    is_image = [bool(re.search(ENDING, line, re.IGNORECASE)) for line in lines[:2]]
+    lines = lines[is_image == [False, True] :]  # without a header
     matches = [LINE.fullmatch(line) for line in lines]
-    header = len(lines) > 1 and matches[1] and not matches[0]
-    rows = [match.groups('') if match else (line, '') for line, match in zip(lines, matches)]
-    return rows[bool(header) :]
+    return [match.groups('') if match else (line, '') for line, match in zip(lines, matches)]

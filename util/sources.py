@@ -28,29 +28,25 @@ from util.shapes import Shapes
 def open_sources(args, sizes, labelled=False, only_val=False, opener=None):
     """(training source, validation source or None) of --data_path, --val_path and --val_share.
 
-    Args:
-        sizes: the model's, with 'in_chans' and 'img_size' (H, W).
-        labelled: for a classifier: both are there, with the same classes, which are printed.
-        only_val: the training source is None, and --data_path may be the validation images.
-        opener: path -> (training source, validation source or None); for segmentation.
-
+    sizes: the model's, with 'in_chans' and 'img_size' (H, W). labelled, for a classifier: both are
+    there, with the same classes, which are printed. only_val: the training source is None, and
+    --data_path may be the validation images. opener, for segmentation: path -> both sources.
     Raises InputError if images or labels are missing, or none of those tried can be read.
     """
     options = {'in_chans': sizes['in_chans'], 'background': tuple(args.background)}
     make = partial(Images, options | {'max_value': getattr(args, 'max_value', None)})
     opener = opener or partial(open_source, args=args, sizes=sizes, make=make, labelled=labelled)
-    train = val = None
-    if args.val_path:
-        whole, val = opener(args.val_path)
-        val = whole if val is None else val
-    if not (only_val and args.val_path):
-        train, split = opener(args.data_path)
-        val = split if val is None else val
-    if val is None and args.val_share:
-        train, val = hold_out(train, args.val_share)
-    elif only_val:
-        val = train if val is None else val
-    train = None if only_val else train
+    if only_val and args.val_path:
+        train, val = opener(args.val_path)
+    else:
+        train, val = opener(args.data_path)
+        if args.val_path:
+            whole, split = opener(args.val_path)
+            val = whole if split is None else split
+        elif val is None and args.val_share:
+            train, val = hold_out(train, args.val_share)
+    if only_val:
+        train, val = None, train if val is None else val
     if labelled:
         check_labelled(args.data_path, train, val)
     return train, val
@@ -143,15 +139,11 @@ def use_classes(source, classes, whose):
 
 
 class Images:
-    """Images by number.
+    """Images by number, with the options of decode.
 
-    Args:
-        options: of decode.
-        root: where they are, for people.
-        names: (N,) bytes, relative to root.
-        read: (self, index) -> the bytes of a file, or a PIL image.
-        class_names: (N,) bytes, b'' for an image that has none; or else labels (N,).
-        classes: the names of the classes, where their order is known.
+    names (N,) are bytes, relative to root; read(self, index) gives the bytes of a file or a PIL
+    image. Either class_names (N,), bytes, b'' for none, or labels (N,) may be there; classes are
+    the names in their order, where it is known.
     """
 
     def __init__(self, options, root, names, read, class_names=(), classes=None, labels=None):
@@ -191,12 +183,11 @@ class Images:
 class Part:
     """Some images of a source."""
 
-    unlabelled = None
-
     def __init__(self, source, indices):
         self.source, self.indices, self.classes = source, indices, source.classes
-        self.root = getattr(source, 'root', '')
         self.labels = None if source.labels is None else source.labels[indices]
+        self.root = getattr(source, 'root', '')
+        self.unlabelled = getattr(source, 'unlabelled', None)
 
     def __len__(self):
         return len(self.indices)
@@ -293,11 +284,11 @@ def open_torchvision(path, args, make, labelled):
     known = {name.lower(): name for name in torchvision.datasets.__all__}
     name = known.get(path.removeprefix('torch/').replace('_', '').lower(), 'FakeData')
     create = partial(getattr(torchvision.datasets, name), root=args.download_dir)
-    unlabelled = [] if labelled else [{'split': 'train+unlabeled'}]
-    splits = [{'split': 'train'}, {'split': 'trainval'}, {'train': True}, {}]
-    train = create_torchvision(path, create, unlabelled + splits)
-    splits = [{'split': name} for name in ('val', 'valid', 'validation', 'test')]
-    val = create_torchvision(path, create, splits + [{'train': False}])
+    trains = [] if labelled else ['train+unlabeled']
+    trains = [{'split': split} for split in [*trains, 'train', 'trainval']]
+    vals = [{'split': split} for split in ('val', 'valid', 'validation', 'test')]
+    train = create_torchvision(path, create, [*trains, {'train': True}, {}])
+    val = create_torchvision(path, create, [*vals, {'train': False}])
     if train is None:
         raise InputError(f'{path}: torchvision has no such data set of labelled images')
     return from_torchvision(path, train, make), val and from_torchvision(path, val, make)
@@ -358,23 +349,20 @@ def open_table(path, args, make):
     tables = tables if isinstance(tables, dict) else {'train': tables}
     splits = choose_splits(tables) or list(tables)[:1]
     key = getattr(args, 'label_key', 'label')
-    sources = [
-        from_table(path, f'{path}/{split}', tables[split], key, make)
-        for split in dict.fromkeys((splits[0], splits[-1]))
-    ]
-    return (*sources, None)[:2]
+    splits = splits[:1] + splits[1:][-1:]
+    return (*(from_table(path, split, tables[split], key, make) for split in splits), None)[:2]
 
 
-def from_table(path, root, table, key, make):
-    """The images of a split: the first column of type Image, or else `image` or `img`.
+def from_table(path, split, table, key, make):
+    """The images in the first column of type Image, or else in `image` or `img`, as bytes or paths.
 
     Paths are relative to `path`. The classes are the column `key`, or else the first ClassLabel.
     """
     from datasets import ClassLabel, Image
 
-    features = table.features
+    features, root = table.features, f'{path}/{split}'
     columns = [name for name in features if isinstance(features[name], Image)]
-    columns += [name for name in ('image', 'img') if name in features]  # bytes or paths
+    columns += [name for name in ('image', 'img') if name in features]
     if not columns:
         raise InputError(f'{root}: no image in {shorten(table.column_names)}')
     keys = [key] if key in features else []
