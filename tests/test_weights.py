@@ -258,7 +258,8 @@ def test_our_classifiers(kind, tmp_path):
     classes = ['a', 'b', 'c', 'd', 'e']
     sizes = {'img_size': [32, 32], 'in_chans': 3, 'mlp_ratio': 4.0, **SIZES, **DECODER_SIZES}
     content = {'model': model.state_dict(), 'classes': classes, 'args': {'input_size': None}}
-    content |= {'sizes': sizes | {'fuse_layers': [2]}, 'mean': [0.2] * 3, 'std': [0.3] * 3}
+    content |= {'sizes': sizes | {'fuse_layers': [2]}, 'mean': [0.485, 0.456, 0.406]}
+    content['std'] = [0.229, 0.224, 0.225]  # recorded, not assumed
     content['args'] |= {'crop_pct': 0.9, 'num_heads': None}
     file = weights.read(saved(tmp_path / 'a.pth', content))
     told = weights.settings_of(None, file)
