@@ -202,8 +202,9 @@ def fast(args):
     def step(*variants, task='pretrain', side=None, size='vit_base_patch16', batch=256):
         flags = ['--variants', *variants, '--task', task]
         flags += ['--input_size', 32 if args.rehearse else side] if side else []
-        rows = bench.main(parse('step', *flags, size=size, batch=batch))
-        return [{'step': task, 'model': size, 'batch': batch} | row for row in rows]
+        job = parse('step', *flags, size=size, batch=batch)
+        named = {'step': task, 'model': job.model, 'batch': job.batch_size}
+        return [named | row for row in bench.main(job)]
 
     def loader():
         resized = resized_copy(parse('loader').data_path, args.out / 'resized')
