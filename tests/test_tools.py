@@ -1,13 +1,15 @@
-"""Figures and features: what they show and say, computed a second way; and their commands."""
+"""Figures and features: what they show and say, computed a second way; commands; the notebook."""
 
 import math
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Processes
+from conftest import ROOT, Processes
+from nbclient import NotebookClient
 from sklearn.linear_model import LogisticRegression
 from test_model import SMALL, relative
 
@@ -285,3 +287,25 @@ def test_mistakes_get_one_line(module, flags, told, whole, folder, tmp_path, too
         tool(module, *flags.format(**places).split())
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and told.format(**places) in lines[-1]
+
+
+# --- The notebook ---------------------------------------------------------------------------------
+
+
+def kinds_of_outputs(notebook):
+    """For each cell of code: pictures and text, without what libraries say on stderr."""
+    return [
+        {(output.output_type, output.get('name')) for output in cell.outputs}
+        - {('stream', 'stderr')}
+        for cell in notebook.cells
+        if cell.cell_type == 'code'
+    ]
+
+
+def test_the_notebook_runs_and_is_stored_with_its_outputs(tmp_path, monkeypatch):
+    notebook = nbformat.read(ROOT / 'demo.ipynb', 4)
+    stored = kinds_of_outputs(notebook)
+    for name, value in {'MFF_DEMO_STEPS': 5, 'HF_HUB_OFFLINE': 1, 'TMPDIR': tmp_path}.items():
+        monkeypatch.setenv(name, str(value))
+    NotebookClient(notebook, timeout=300, resources={'metadata': {'path': ROOT}}).execute()
+    assert kinds_of_outputs(notebook) == stored and any(stored)
