@@ -242,7 +242,7 @@ class Processes:
         for job in self.jobs:
             job.join(timeout)
             if job.exitcode is None:
-                job.kill()
+                os.killpg(job.pid, signal.SIGKILL)
                 job.join()
         return [job.exitcode for job in self.jobs]
 

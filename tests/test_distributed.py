@@ -1,126 +1,130 @@
-"""Processes: launchers, what all must agree on, and how a process of a group ends."""
+"""Launchers: what they say of the processes, what these compare, and how they end."""
 
 import os
 import re
+import signal
+import time
+from argparse import Namespace
 
 import pytest
 import torch
-from conftest import Processes, Result, close_weights
+from conftest import Processes
 
 import engine
 import main_pretrain
-from util import distributed
+from util import data, distributed
 from util.args import ArgumentParser, run_job
 from util.errors import InputError, RunError
 
 
-def test_srun_starts_processes_without_torchrun(whole, small_run, tmp_path):
-    """Two processes that SLURM's variables tell of each other train one model, as one does."""
+def refused(job):
+    """The one line of all processes of a job, which all end with code 2."""
+    assert job.wait() == [2] * len(job.jobs), job.printed(errors=True)
+    error = ''.join(job.printed(rank, errors=True) for rank in range(len(job.jobs)))
+    assert re.fullmatch(r'\S+: error: .+\n', error), error
+    return error
 
-    def as_slurm(rank):
-        for ours, slurms in (
-            ('RANK', 'PROCID'),
-            ('LOCAL_RANK', 'LOCALID'),
-            ('WORLD_SIZE', 'NTASKS'),
-        ):
-            os.environ[f'SLURM_{slurms}'] = os.environ.pop(ours)
 
-    flags = small_run('two')
-    processes = Processes(main_pretrain, flags, flags, before=as_slurm)
-    assert processes.wait() == [0, 0], processes.printed(errors=True)
-    assert close_weights(Result(tmp_path / 'two'), whole)
+# --- What processes compare -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'flags, name',
+    [
+        (['--lr', '2e-3'], 'lr'),
+        (['--amp', 'bf16'], 'precision'),
+        (['--output_dir', '{elsewhere}'], 'output_dir'),
+    ],
+)
+def test_processes_compare_flags(flags, name, small_run, tmp_path):
+    theirs = [flag.format(elsewhere=tmp_path / 'elsewhere') for flag in flags]
+    job = Processes(main_pretrain, small_run('run'), small_run('run', *theirs))
+    assert name in refused(job)
+    assert not (tmp_path / 'run/checkpoint-last.pth').exists()
+
+
+def test_processes_compare_precision_and_device(small_run):
+    """As --amp auto chooses it on two generations of GPUs: fp16 and bf16 with the same flags."""
+
+    def older_gpu(rank):
+        mixed = engine.mixed_precision
+        engine.mixed_precision = lambda amp, device: mixed(('fp16', 'bf16')[rank], device)
+
+    flags = small_run('run')
+    error = refused(Processes(main_pretrain, flags, flags, before=older_gpu))
+    assert 'precision' in error and 'float16' in error and 'bfloat16' in error
+
+
+def test_processes_compare_the_step_to_resume(small_run, pretrain, tmp_path):
+    """A folder that is not shared: the first process has a checkpoint, the other has none."""
+    pretrain('run', '--epochs', '1')
+
+    def own_disk(rank):
+        find = engine.checkpoint.Saver.find
+        engine.checkpoint.Saver.find = lambda saver: (None, None) if rank else find(saver)
+
+    flags = small_run('run', '--epochs', '1')
+    assert '[4, 0]' in refused(Processes(main_pretrain, flags, flags, before=own_disk))
+
+
+# --- What launchers say ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('size', ['OMPI_COMM_WORLD_SIZE', 'PMI_SIZE'])
-def test_mpirun_alone_is_refused(size, pretrain, monkeypatch, capsys):
-    monkeypatch.setenv(size, '4')
-    with pytest.raises(SystemExit) as exit:
-        pretrain('run')
-    assert exit.value.code == 2 and re.fullmatch(r'.*torchrun.*\n', capsys.readouterr().err)
-    monkeypatch.setenv('WORLD_SIZE', '1')  # torchrun under mpirun
+def test_mpirun_alone_is_refused(size, monkeypatch, pretrain, error_of):
+    """It would train one model in each process."""
+    monkeypatch.setenv(size, '2')
+    assert 'torchrun' in error_of(pretrain, 'run')
+    monkeypatch.setenv('WORLD_SIZE', '1')  # of torchrun, which mpirun starts on each machine
     assert distributed.world() == (0, 1)
 
 
-def test_an_allocation_without_an_address(pretrain, monkeypatch, capsys):
-    for name, value in {'NTASKS': '4', 'PROCID': '0', 'LOCALID': '0'}.items():
-        monkeypatch.setenv(f'SLURM_{name}', value)
-    with pytest.raises(SystemExit) as exit:
-        pretrain('run')
-    assert exit.value.code == 2 and re.fullmatch(r'.*MASTER_ADDR.*\n', capsys.readouterr().err)
+def test_srun_without_an_address(monkeypatch, pretrain, error_of):
+    for name, value in {'SLURM_NTASKS': '4', 'SLURM_PROCID': '1', 'SLURM_LOCALID': '0'}.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.world() == (1, 4)
+    error = error_of(pretrain, 'run')
+    assert '4 processes' in error and 'MASTER_ADDR' in error
 
 
 @pytest.mark.parametrize('name', ['WORLD_SIZE', 'RANK', 'SLURM_NTASKS'])
-def test_a_variable_that_is_no_number(name, pretrain, monkeypatch, capsys):
+def test_a_variable_that_is_no_number(name, monkeypatch, pretrain, error_of):
     monkeypatch.setenv(name, 'two')
-    with pytest.raises(SystemExit) as exit:
-        pretrain('run')
-    assert exit.value.code == 2
-    assert re.fullmatch(f"[^\n]*error: {name}: [^\n]*'two'\n", capsys.readouterr().err)
+    assert f"{name}: invalid literal for int() with base 10: 'two'" in error_of(pretrain, 'run')
 
 
 @pytest.mark.parametrize('visible, device', [(1, 'cuda:0'), (4, 'cuda:1')])
 def test_a_task_may_see_its_own_gpu_only(visible, device, monkeypatch):
     """srun --gpus-per-task=1: local rank 5 of a machine, of which this process sees one device."""
     monkeypatch.setenv('SLURM_LOCALID', '5')
+    chosen = []
     monkeypatch.setattr(torch, 'empty', lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: visible)
-    chosen = []
     monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
     assert distributed.start('cuda') == torch.device(device) == chosen[0]
 
 
 @pytest.mark.parametrize('name', ['cuda:1', 'mps'])
-def test_processes_do_not_share_one_device(name, monkeypatch):
+def test_one_device_is_not_for_several_processes(name, monkeypatch):
+    """Also cuda:0, say: each process would take it."""
     monkeypatch.setenv('WORLD_SIZE', '2')
     monkeypatch.setattr(torch, 'empty', lambda *_, **__: None)
-    with pytest.raises(InputError, match=f'--device {name}.* 2 processes'):
+    with pytest.raises(InputError, match=f'{name} .* 2 processes'):
         distributed.start(name)
 
 
-def other_precision(rank):
-    """As where --amp auto finds bf16 on one GPU and not on the other."""
-    mixed_precision = engine.mixed_precision
-    amp = ['none', 'fp16'][rank]
-    engine.mixed_precision = lambda _, device: mixed_precision(amp, device)
-
-
-@pytest.mark.parametrize(
-    'flags, before, named',
-    [
-        (['--lr', '2e-3'], None, 'lr: [0.001, 0.002]'),
-        (['--seed', '1'], None, 'seed: [0, 1]'),
-        ([], other_precision, 'precision: '),
-    ],
-    ids=['--lr', '--seed', 'precision'],
-)
-def test_processes_that_differ_are_refused(flags, before, named, small_run):
-    """With fp16 on one and bf16 on the other, averaged gradients would be wrong."""
-    ours, theirs = small_run('run'), small_run('run', *flags)
-    processes = Processes(main_pretrain, ours, theirs, before=before)
-    assert processes.wait() == [2, 2]
-    line = processes.printed(errors=True)
-    assert re.fullmatch(r'[^\n]*error: [^\n]+\n', line) and named in line, line
-    assert processes.printed(1, errors=True) == ''  # the first process of a machine speaks
-
-
-def test_what_differs_is_named_with_the_values_of_all(monkeypatch):
-    monkeypatch.setattr(distributed, 'gather', lambda values: [values, {'device': 'cuda'}])
-    with pytest.raises(InputError, match=r"device: \['cpu', 'cuda'\]"):
-        distributed.check_equal({'device': 'cpu'})
-
-
-def test_a_mistake_on_the_first_process_reaches_all(small_run, tmp_path):
-    """Rank 0 alone finds that another run holds the folder."""
-    (tmp_path / 'run').mkdir()
-    (tmp_path / 'run/lock').mkdir()
-    flags = small_run('run')
-    processes = Processes(main_pretrain, flags, flags)
-    assert processes.wait() == [2, 2] and '--output_dir' in processes.printed(errors=True)
+# --- How processes end ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     'end, code',
-    [(None, 0), (SystemExit(75), 75), (InputError('a'), 2), (RunError('b'), 1)],
+    [
+        (None, 0),
+        (SystemExit(75), 75),
+        (InputError('wrong'), 2),
+        (RunError('lost'), 1),
+        (KeyboardInterrupt(), 130),
+    ],
 )
 def test_a_process_of_a_group_ends_without_cleaning_up(end, code, monkeypatch):
     """In Python's clean-up gloo's threads may abort the process."""
@@ -134,6 +138,50 @@ def test_a_process_of_a_group_ends_without_cleaning_up(end, code, monkeypatch):
     monkeypatch.setattr(os, '_exit', ended.append)
     try:
         run_job(main, ArgumentParser(), [])
-    except SystemExit:  # os._exit did not end it
+    except SystemExit:  # after the _exit that did not exit
         pass
     assert ended == [code]
+
+
+def test_joining_a_group_is_remembered_and_buffers_are_shared():
+    """Every process gets rank 0's statistics of a BatchNorm; sums and values of all."""
+
+    def main(args):
+        distributed.start('cpu')
+        rank, _ = distributed.world()
+        layer = torch.nn.BatchNorm1d(2)
+        layer.running_mean.fill_(rank + 5)
+        distributed.share_buffers(layer)
+        total = distributed.sum_over_processes(torch.tensor([rank + 1]))
+        print(layer.running_mean.tolist(), total.tolist(), distributed.gather(rank))
+        assert distributed.joined
+        distributed.stop()
+
+    job = Processes(Namespace(main=main, get_parser=ArgumentParser), [], [], [])
+    assert job.wait() == [0] * 3, job.printed(errors=True)
+    assert {job.printed(rank) for rank in range(3)} == {'[5.0, 5.0] [6] [0, 1, 2]\n'}
+
+
+@pytest.mark.parametrize('action', ['kill', 'error'])
+def test_a_loader_worker_that_fails_ends_the_run_in_one_line(action, small_run):
+    """Also where another hangs."""
+
+    def lose_workers(rank):
+        read = data.Samples.__getitem__
+
+        def lost(samples, key):
+            worker = torch.utils.data.get_worker_info()
+            if worker is None:
+                return read(samples, key)
+            time.sleep(600 * worker.id)
+            if action == 'error':
+                raise RunError('the disk is gone')
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        data.Samples.__getitem__ = lost
+
+    job = Processes(main_pretrain, small_run('run', '--num_workers', '2'), before=lose_workers)
+    assert job.wait(60) == [1]
+    error = job.printed(errors=True)
+    assert ('DataLoader worker' if action == 'kill' else 'the disk is gone') in error
+    assert re.fullmatch(r'\S+: error: .+\n', error), error

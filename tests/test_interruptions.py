@@ -1,4 +1,4 @@
-"""Runs that are killed, asked to stop, short of disk or numbers: nothing is lost."""
+"""Runs that are killed, asked to stop, short of disk or of numbers: nothing is lost."""
 
 import errno
 import os
@@ -6,54 +6,81 @@ import random
 import resource
 import signal
 import time
+from argparse import Namespace
 
 import pytest
 import torch
-from conftest import Processes, Result, close_weights, same_weights, wait_for
+from conftest import Processes, Result, close_weights, command, same_weights, wait_for
 
-import engine
 import main_pretrain
 from models_mff import MaskedAutoencoderMFF
 from util import checkpoint, distributed
-from util.errors import INTERRUPTED, RunError
-from util.log import MAX_SKIPPED, Log
+from util.log import Log
 
-# --- Signals --------------------------------------------------------------------------------------
+
+def last_step(output_dir):
+    """Of the newest checkpoint, 0 without one or while it is being replaced."""
+    try:
+        path = output_dir / 'checkpoint-last.pth'
+        return torch.load(path, weights_only=True)['step']
+    except (OSError, RuntimeError, EOFError):
+        return 0
+
+
+# --- Kills and signals ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('kills, epochs', [(4, 5), pytest.param(60, 20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(kills, epochs, small_run, pretrain, tmp_path):
+    """Saving after every step, with any number of workers: the same bits, each step logged once."""
+    generator, folder = random.Random(kills), tmp_path / 'killed'
+    flags = '--epochs', str(epochs), '--save_every', '0', '--num_workers'
+    for _ in range(kills):
+        before = last_step(folder)
+        job = Processes(main_pretrain, small_run('killed', *flags, generator.randrange(3)))
+        wait_for(lambda n=before, p=job.jobs[0]: last_step(folder) > n or not p.is_alive())
+        time.sleep(generator.random() * 0.15)
+        job.send(signal.SIGKILL)
+        assert job.wait() in ([-9], [0])
+    killed, whole = (pretrain(name, '--epochs', str(epochs)) for name in ('killed', 'whole'))
+    assert same_weights(killed, whole)
+    assert list(killed.losses) == list(range(1, 4 * epochs + 1))
 
 
 @pytest.mark.parametrize('number', distributed.StopRequest.SIGNALS)
 def test_a_signal_saves_and_the_run_goes_on_from_there(
-    number, whole, pretrain, at_step, tmp_path, capsys
+    number, pretrain, at_step, whole, tmp_path, capsys
 ):
     handler = signal.getsignal(number)
-    at_step(6, lambda: os.kill(os.getpid(), number))
-    with pytest.raises(SystemExit) as exit:
-        pretrain('cut')
-    assert exit.value.code == INTERRUPTED == 75
-    assert 'Stopped after step 6' in capsys.readouterr().out
-    assert Result(tmp_path / 'cut').checkpoint['step'] == 6
+    at_step(8, lambda: os.kill(os.getpid(), number))  # at the end of an epoch
+    with pytest.raises(SystemExit) as stopped:
+        pretrain('cut', '--keep_every', '2')
+    assert stopped.value.code == 75
+    assert 'Stopped after step 8' in capsys.readouterr().out
+    assert Result(tmp_path / 'cut').checkpoint['step'] == 8
     assert signal.getsignal(number) == handler
-    resumed = pretrain('cut')
-    assert same_weights(resumed, whole) and resumed.losses == whole.losses
+    result = pretrain('cut', '--keep_every', '2')
+    assert same_weights(result, whole)
+    assert [entry['step'] for entry in result.entries if 'val_loss' in entry] == [4, 8, 12]
+    assert (tmp_path / 'cut/checkpoint-0002.pth').exists()
 
 
-def test_a_signal_at_all_processes_of_a_run(pretrain, small_run, tmp_path):
+def test_a_signal_at_all_processes_of_a_run(small_run, tmp_path):
     """As a terminal or SLURM sends it: at the loader's workers too."""
-    flags = ['--save_every', '0', '--epochs', '8']
-    job = Processes(main_pretrain, small_run('cut', '--num_workers', '2', *flags))
-    wait_for(lambda: last_step(tmp_path / 'cut') > 0)
+    flags = '--num_workers', '2', '--save_every', '0', '--epochs', '300'
+    job = Processes(main_pretrain, small_run('cut', *flags))
+    wait_for(lambda: last_step(tmp_path / 'cut'))
     os.killpg(job.jobs[0].pid, signal.SIGTERM)
-    assert job.wait() == [INTERRUPTED]
-    assert 0 < Result(tmp_path / 'cut').checkpoint['step'] < 32
-    assert same_weights(pretrain('cut', *flags), pretrain('whole', *flags))
+    assert job.wait() == [75], job.printed(errors=True)
+    assert last_step(tmp_path / 'cut') > 0
 
 
 def test_a_second_signal_exits_at_once(monkeypatch):
     now, codes = [0.0], []
     monkeypatch.setattr('time.monotonic', lambda: now[0])
     monkeypatch.setattr(os, '_exit', codes.append)
-    with distributed.StopRequest() as request:
-        assert not request()
+    with distributed.StopRequest() as stop:
+        assert not stop()
         for seconds in (0, 0.5):  # torchrun passes on what the terminal has sent to all
             now[0] = seconds
             os.kill(os.getpid(), signal.SIGTERM)
@@ -61,21 +88,20 @@ def test_a_second_signal_exits_at_once(monkeypatch):
         now[0] = 2.0
         os.kill(os.getpid(), signal.SIGINT)
         assert codes == [128 + signal.SIGINT]
-        assert request()
-        os.kill(os.getpid(), signal.SIGINT)  # from then on the run saves: it is not disturbed
+        assert stop()
+        os.kill(os.getpid(), signal.SIGINT)  # from then on the run saves, and ignores it
     assert codes == [128 + signal.SIGINT]
 
 
-@pytest.mark.parametrize('target', [0, 1])
-def test_all_processes_wait_until_the_checkpoint_is_written(target, small_run, tmp_path):
-    """Two processes, a slow disk, a signal at one of them, and more signals during the save."""
-    mark = tmp_path / 'mark'
+@pytest.mark.parametrize('number, ranks', [(signal.SIGUSR1, [1]), (signal.SIGTERM, [0, 1])])
+def test_all_processes_wait_until_the_checkpoint_is_written(number, ranks, small_run, tmp_path):
+    """Two processes, a slow disk, a signal at one or both, and more signals during the save."""
 
     def slow_disk(rank):
         write = checkpoint.write
 
         def slow_write(*arguments):
-            mark.touch()
+            (tmp_path / 'mark').touch()
             time.sleep(3)
             write(*arguments)
 
@@ -85,271 +111,235 @@ def test_all_processes_wait_until_the_checkpoint_is_written(target, small_run, t
     job = Processes(main_pretrain, flags, flags, before=slow_disk)
     log = tmp_path / 'run/log.jsonl'
     wait_for(lambda: log.exists() and log.read_text().count('loss') > 2)
-    job.send(signal.SIGUSR1, target)
-    wait_for(mark.exists)
-    time.sleep(1.2)  # after a second, a further signal would end a process at once
+    job.send(number, *ranks)
+    wait_for((tmp_path / 'mark').exists)
+    time.sleep(1.2)  # a second later, a further signal would end a process at once
     job.send(signal.SIGTERM)
-    assert job.wait() == [INTERRUPTED, INTERRUPTED]
-    assert Result(tmp_path / 'run').checkpoint['step'] > 2
-    assert not list((tmp_path / 'run').glob('*.tmp'))
+    assert job.wait() == [75, 75], job.printed(errors=True)
+    assert last_step(tmp_path / 'run') > 2 and not list(tmp_path.glob('run/*.tmp'))
 
 
 @pytest.mark.parametrize('processes', [1, 2])
-def test_a_signal_ends_an_evaluation(processes, small_run, tmp_path, folder):
-    """Of 20 images one at a time, after the second; the same command evaluates again."""
+def test_a_signal_ends_an_evaluation_which_the_same_command_does_again(
+    processes, whole, small_run, pretrain, tmp_path
+):
+    def stop_in_evaluation(rank):
+        forward, batches = MaskedAutoencoderMFF.forward, []
 
-    def slow_evaluation(rank):
-        evaluate = engine.evaluate
+        def watched_forward(model, *arguments):
+            if not model.training:
+                batches.append(print('evaluated'))
+                if len(batches) == 2 and rank == processes - 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            return forward(model, *arguments)
 
-        def evaluate_slowly(model, loader, measure, run):
-            def measure_slowly(*batch):
-                (tmp_path / 'mark').touch()
-                time.sleep(0.3)
-                return measure(*batch)
+        MaskedAutoencoderMFF.forward = watched_forward
 
-            return evaluate(model, loader, measure_slowly, run)
-
-        engine.evaluate = evaluate_slowly
-
-    flags = small_run('run', '--epochs', '1', '--batch_size', '1')
-    job = Processes(main_pretrain, *[flags] * processes, before=slow_evaluation)
-    wait_for((tmp_path / 'mark').exists)
-    began = time.monotonic()
-    job.send(signal.SIGTERM, 0)
-    assert job.wait() == [INTERRUPTED] * processes
-    assert time.monotonic() - began < 0.3 * 20 / processes  # not all of the images
-    result = Result(tmp_path / 'run')
-    assert result.checkpoint['step'] == 4
-    assert not [entry for entry in result.entries if 'val_loss' in entry]
-    assert Processes(main_pretrain, *[flags] * processes).wait() == [0] * processes
-    assert [entry['step'] for entry in result.entries if 'val_loss' in entry] == [4]
-
-
-def test_a_signal_at_one_process_stops_all(whole, small_run, tmp_path):
-    def signal_at_step(rank):
-        step = Log.step
-
-        def step_and_signal(log, done, *arguments):
-            step(log, done, *arguments)
-            if rank == 1 and done == 6:
-                os.kill(os.getpid(), signal.SIGUSR1)
-
-        Log.step = step_and_signal
-
-    flags = small_run('cut')
-    job = Processes(main_pretrain, flags, flags, before=signal_at_step)
-    assert job.wait() == [INTERRUPTED, INTERRUPTED]
-    assert Result(tmp_path / 'cut').checkpoint['step'] == 7  # agreed on a step later
-    assert Processes(main_pretrain, flags, flags).wait() == [0, 0]
-    assert close_weights(Result(tmp_path / 'cut'), whole)
-
-
-def test_a_process_that_fails_says_why(small_run):
-    def fail(rank):
-        if rank == 1:
-            step = Log.step
-
-            def step_and_fail(log, done, *arguments):
-                step(log, done, *arguments)
-                raise RunError('the disk of this process is gone')
-
-            Log.step = step_and_fail
-
-    flags = small_run('failed')
-    job = Processes(main_pretrain, flags, flags, before=fail)
-    job.jobs[1].join(60)
-    job.jobs[0].kill()  # as torchrun ends those that are left
-    assert job.wait()[1] == 1
-    assert 'process 1: the disk of this process is gone' in job.printed(1, errors=True)
+    flags = small_run('run', '--batch_size', '2')  # 20 images: 10 or 5 batches
+    job = Processes(main_pretrain, *[flags] * processes, before=stop_in_evaluation)
+    assert job.wait() == [75] * processes, job.printed(errors=True)
+    assert job.printed().count('evaluated') <= 1 + processes
+    assert last_step(tmp_path / 'run') == 4
+    result = pretrain('run', '--batch_size', '2')
+    ours, theirs = ([e['val_loss'] for e in r.entries if 'val_loss' in e] for r in (result, whole))
+    assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 # --- One run in a directory -----------------------------------------------------------------------
 
 
-def test_a_second_run_is_refused_until_the_first_has_ended(small_run, tmp_path):
-    flags = small_run('run', '--epochs', '300', '--save_every', '0')
-    first = Processes(main_pretrain, flags)
-    wait_for(lambda: last_step(tmp_path / 'run') > 0)
-    second = Processes(main_pretrain, flags)
+def test_a_second_run_is_refused_until_the_first_has_ended(small_run, pretrain, tmp_path):
+    first = Processes(main_pretrain, small_run('run', '--epochs', '300'))
+    log = tmp_path / 'run/log.jsonl'
+    wait_for(lambda: log.exists() and 'loss' in log.read_text())
+    second = Processes(main_pretrain, small_run('run'))
     assert second.wait() == [2]
     assert f'in use by process {first.jobs[0].pid} on' in second.printed(errors=True)
     first.send(signal.SIGKILL)
     first.wait()
-    third = Processes(main_pretrain, flags)
-    time.sleep(1)
-    third.send(signal.SIGTERM)
-    assert third.wait() in ([INTERRUPTED], [-signal.SIGTERM])  # not 2: the lock has gone
+    assert len(pretrain('run', '--epochs', '1').losses) == 4
 
 
 # --- Disk -----------------------------------------------------------------------------------------
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one_whole(tmp_path):
-    last = str(tmp_path / checkpoint.LAST)
-    checkpoint.write({'step': 1}, last)
+    path = tmp_path / 'checkpoint-last.pth'
+    checkpoint.write({'step': 1}, str(path))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(OSError) as error:
-            checkpoint.write({'step': 2, 'model': torch.zeros(100_000)}, last)
+            checkpoint.write({'step': 2, 'model': torch.zeros(100_000)}, str(path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert error.value.errno == errno.EFBIG
-    assert os.listdir(tmp_path) == [checkpoint.LAST]
-    assert torch.load(last, weights_only=True) == {'step': 1}
+    assert os.listdir(tmp_path) == [path.name] and torch.load(path) == {'step': 1}
 
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """full_disk(numbers): writing a checkpoint fails the first time, the second, and so on."""
+    """full_disk(n): the n-th write of a checkpoint and those after it up to m fail."""
+    write, calls = checkpoint.write, []
 
-    def install(*numbers):
-        write, calls = checkpoint.write, []
-
-        def write_or_fail(*arguments):
+    def install(first, last):
+        def write_if_there_is_space(*arguments):
             calls.append(arguments)
-            if len(calls) in numbers:
+            if first <= len(calls) <= last:
                 raise OSError(errno.ENOSPC, 'No space left on device')
             write(*arguments)
 
-        monkeypatch.setattr(checkpoint, 'write', write_or_fail)
+        monkeypatch.setattr(checkpoint, 'write', write_if_there_is_space)
 
     return install
 
 
 def test_training_goes_on_without_disk_and_saves_later(pretrain, full_disk, capsys):
-    full_disk(2)
+    full_disk(2, 4)
     result = pretrain('run', '--save_every', '0')
-    assert capsys.readouterr().out.count('cannot save') == 1
+    assert capsys.readouterr().out.count('cannot save') == 3
     assert result.checkpoint['step'] == len(result.losses) == 12
 
 
-def test_the_end_that_cannot_be_saved_is_an_error(pretrain, full_disk, capsys, tmp_path):
+@pytest.mark.parametrize('stop', [False, True])
+def test_the_end_that_cannot_be_saved_is_an_error(
+    stop, pretrain, full_disk, at_step, tmp_path, error_of
+):
     first = pretrain('run', '--epochs', '1').checkpoint
-    full_disk(1)
-    with pytest.raises(SystemExit) as exit:
-        pretrain('run', '--epochs', '2', '--force_resume')
-    assert exit.value.code == 1
-    assert 'step 8: cannot save' in capsys.readouterr().err
+    full_disk(1, 99)
+    if stop:
+        at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    error = error_of(pretrain, 'run', '--epochs', '2', '--force_resume', code=1)
+    assert f'step {6 if stop else 8}: cannot save' in error and 'No space left' in error
     assert Result(tmp_path / 'run').checkpoint['step'] == first['step']
 
 
 def test_a_log_that_cannot_be_written_is_said_once(pretrain, monkeypatch, capsys):
-    class Full:
-        def write(self, _):
-            raise OSError(errno.ENOSPC, 'No space left on device')
+    def fail(_):
+        raise OSError(errno.ENOSPC, 'No space left on device')
 
-        def close(self):
-            pass
+    create = Log.__init__
 
-    init = Log.__init__
+    def without_space(log, *arguments):
+        create(log, *arguments)
+        log.file = Namespace(write=fail, close=lambda: None)
 
-    def without_file(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        self.file = Full()
-
-    monkeypatch.setattr(Log, '__init__', without_file)
-    result = pretrain('run', '--epochs', '1')
+    monkeypatch.setattr(Log, '__init__', without_space)
+    assert pretrain('run', '--epochs', '1').checkpoint['step'] == 4
     assert capsys.readouterr().out.count('cannot write the log') == 1
-    assert result.checkpoint['step'] == 4
 
 
 # --- Numbers --------------------------------------------------------------------------------------
 
 
-def break_loss(kind, broken):
-    """A forward_loss that is infinite, or has gradients that are not numbers, while broken."""
-    forward = MaskedAutoencoderMFF.forward_loss
+def break_losses(monkeypatch, what, ranks=(0,)):
+    """A list of how many of the next losses, or their gradients, are not finite."""
+    left, forward_loss = [0], MaskedAutoencoderMFF.forward_loss
 
-    def forward_loss(self, imgs, pred, mask):
-        loss = forward(self, imgs, pred, mask)
-        if not broken or not torch.is_grad_enabled():
-            return loss
-        if kind == 'loss':
-            return loss + float('inf')  # whose gradient is finite
-        pred.register_hook(lambda gradient: gradient * float('nan'))
+    def broken_loss(model, imgs, pred, mask):
+        loss = forward_loss(model, imgs, pred, mask)
+        if left[0] and model.training and distributed.world()[0] in ranks:
+            left[0] -= 1
+            if what == 'loss':
+                return loss + float('inf')  # whose gradient is finite
+            pred.register_hook(lambda gradient: gradient * float('nan'))
         return loss
 
-    return forward_loss
+    monkeypatch.setattr(MaskedAutoencoderMFF, 'forward_loss', broken_loss)
+    return left
 
 
-@pytest.mark.parametrize('kind', ['loss', 'gradient'])
-def test_an_update_that_is_not_finite_is_skipped(
-    kind, pretrain, at_step, stop_at, tmp_path, monkeypatch
+@pytest.mark.parametrize('what, amp', [('loss', 'none'), ('gradient', 'none'), ('loss', 'fp16')])
+def test_a_step_that_is_not_finite_is_skipped(
+    what, amp, pretrain, at_step, stop_at, monkeypatch, tmp_path
 ):
-    """Step 12 fails, so the weights must be those after step 11, of a run that stops there."""
-    broken = []
-    at_step(11, lambda: broken.append(True))
-    monkeypatch.setattr(MaskedAutoencoderMFF, 'forward_loss', break_loss(kind, broken))
-    skipped = pretrain('skipped')
-    entry = [entry for entry in skipped.entries if 'loss' in entry][-1]
-    assert entry['skipped'] == 1 and entry['loss'] is None and skipped.checkpoint['step'] == 12
-    monkeypatch.undo()
-    stop_at(11, pretrain, 'stopped')
+    """The weights after such a last step are those of the step before."""
+    flags = '--amp', amp, '--epochs', '1'
+    left = break_losses(monkeypatch, what)
+    at_step(3, lambda: left.__setitem__(0, 1))
+    skipped = pretrain('skipped', *flags)
+    entry = skipped.entries[-2]
+    assert entry['step'] == 4 and entry['skipped'] == 1 and entry['loss'] is None
+    stop_at(3, pretrain, 'stopped', *flags)
     assert same_weights(skipped, Result(tmp_path / 'stopped'))
 
 
-def test_all_processes_skip_an_update(small_run, tmp_path):
-    """A loss that is infinite in one of two processes."""
+def test_a_run_ends_after_20_skipped_steps_in_a_row(
+    whole, pretrain, at_step, monkeypatch, error_of, tmp_path
+):
+    left = break_losses(monkeypatch, 'loss')
+    at_step(8, lambda: left.__setitem__(0, 20))
+    flags = '--epochs', '9', '--log_every', '7', '--save_every', '0'
+    assert '20 updates' in error_of(pretrain, 'run', *flags, code=1)
+    assert last_step(tmp_path / 'run') == 27
+    before = torch.load(tmp_path / 'run/checkpoint-previous.pth', weights_only=True)['model']
+    after = Result(tmp_path / 'run').checkpoint['model']
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+    log, nan = object.__new__(Log), float('nan')
+    log.skipped = 0
+    for norms in ([nan] * 19 + [1.0], [nan] * 10, [nan] * 9, [2.0], [nan] * 19):
+        log.check_skipped(99, norms)
+    with pytest.raises(FloatingPointError):
+        log.check_skipped(99, [nan])
+
+
+def test_a_step_is_skipped_by_all_processes(pretrain, small_run, at_step, monkeypatch, tmp_path):
+    """A loss that is infinite in one of two processes, and one that is so in one process."""
 
     def break_step_7(rank):
-        broken, step = [], Log.step
+        left = break_losses(monkeypatch, 'loss', ranks=[1])
+        at_step(6, lambda: left.__setitem__(0, 1))
 
-        def log_step(log, done, *arguments):
-            step(log, done, *arguments)
-            broken[:] = [True] if rank == 1 and done == 6 else []
-
-        Log.step = log_step
-        MaskedAutoencoderMFF.forward_loss = break_loss('loss', broken)
-
-    flags = small_run('two')
-    assert Processes(main_pretrain, flags, flags, before=break_step_7).wait() == [0, 0]
-    result = Result(tmp_path / 'two')
-    assert [entry['step'] for entry in result.entries if entry.get('skipped')] == [7]
-    assert all(tensor.isfinite().all() for tensor in result.checkpoint['model'].values())
+    flags = small_run('two', '--batch_size', '8')
+    job = Processes(main_pretrain, flags, flags, before=break_step_7)
+    assert job.wait() == [0, 0], job.printed(errors=True)
+    left = break_losses(monkeypatch, 'loss')
+    at_step(6, lambda: left.__setitem__(0, 1))
+    one, two = pretrain('one'), Result(tmp_path / 'two')
+    for result in (one, two):
+        assert [entry['step'] for entry in result.entries if 'skipped' in entry] == [7]
+    assert close_weights(one, two)
 
 
-def test_a_run_ends_after_many_skipped_updates(pretrain, monkeypatch, capsys, tmp_path):
-    before = pretrain('run', '--epochs', '1').checkpoint
-    monkeypatch.setattr(MaskedAutoencoderMFF, 'forward_loss', break_loss('loss', [True]))
-    with pytest.raises(SystemExit) as exit:
-        pretrain('run', '--epochs', '9', '--force_resume')
-    assert exit.value.code == 1
-    error = capsys.readouterr().err
-    assert f'{MAX_SKIPPED} updates' in error and error.count('\n') == 1
-    entries = Result(tmp_path / 'run').entries
-    assert sum(entry.get('skipped', 0) for entry in entries) == MAX_SKIPPED
-    after = Result(tmp_path / 'run').checkpoint
-    assert all(torch.equal(after['model'][name], before['model'][name]) for name in after['model'])
+# --- torchrun -------------------------------------------------------------------------------------
+
+# A job that does something at a step of one process, once.
+VICTIM = """
+import os, signal, sys
+import main_pretrain
+from util.args import run_job
+from util.log import Log
+step = Log.step
+def step_and_act(log, done, *arguments):
+    step(log, done, *arguments)
+    if os.environ['RANK'] == '1' and done == 6 and not os.path.exists(MARK):
+        open(MARK, 'w').close()
+        ACTION
+Log.step = step_and_act
+run_job(main_pretrain.main, main_pretrain.get_parser())
+"""
 
 
-# --- Killed again and again -----------------------------------------------------------------------
+def victim(tmp_path, action):
+    path, mark = tmp_path / 'victim.py', repr(str(tmp_path / 'mark'))
+    path.write_text(VICTIM.replace('MARK', mark).replace('ACTION', action))
+    return path
 
 
-@pytest.mark.parametrize('kills, epochs', [(4, 6), pytest.param(20, 40, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(kills, epochs, pretrain, small_run, tmp_path):
-    """SIGKILL, saving after every step, each time with another number of workers."""
-    whole = pretrain('whole', '--epochs', str(epochs))
-    rng = random.Random(kills)
-    for _ in range(kills):
-        before = last_step(tmp_path / 'killed')
-        flags = ['--epochs', epochs, '--save_every', 0, '--num_workers', rng.randrange(3)]
-        job = Processes(main_pretrain, small_run('killed', *flags))
-        wait_for(lambda before=before: last_step(tmp_path / 'killed') > before)
-        time.sleep(rng.random() * 0.5)
-        job.send(signal.SIGKILL)
-        if job.wait() == [0]:
-            break
-    assert Processes(main_pretrain, small_run('killed', '--epochs', epochs)).wait() == [0]
-    killed = Result(tmp_path / 'killed')
-    assert same_weights(whole, killed)
-    steps = [entry['step'] for entry in killed.entries if 'loss' in entry]
-    assert steps == list(range(1, 4 * epochs + 1))
+def test_a_process_that_fails_stops_all_with_its_message(small_run, tmp_path):
+    script = victim(tmp_path, 'raise RunError("the disk of this process is gone")')
+    done = command(script, *small_run('failed'), torchrun=2)
+    assert done.returncode == 1
+    assert 'error: process 1: the disk of this process is gone' in done.stderr
 
 
-def last_step(output_dir):
-    """Of the newest whole checkpoint, 0 without one."""
-    try:
-        return torch.load(output_dir / checkpoint.LAST, weights_only=True)['step']
-    except (OSError, RuntimeError, EOFError):  # none, or one that is just being replaced
-        return 0
+@pytest.mark.slow
+def test_torchrun_restarts_a_killed_process(small_run, whole, tmp_path):
+    script = victim(tmp_path, 'os.kill(os.getpid(), signal.SIGKILL)')
+    launcher = '-m torch.distributed.run --standalone --nproc_per_node=2 --max_restarts=1'.split()
+    flags = small_run('killed', '--save_every', '0', '--batch_size', '8')
+    done = command(*launcher, script, *flags, TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('to 12;') == 2 and 'steps 0 to 12' in done.stdout
+    assert close_weights(Result(tmp_path / 'killed'), whole)
