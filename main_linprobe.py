@@ -15,7 +15,7 @@ import engine_classify
 from models_mff import MODELS, create_encoder
 from util import args as flags
 from util import data, distributed, optim, sources, transforms, weights
-from util.errors import as_input_error
+from util.errors import InputError, as_input_error
 
 
 def get_parser():
@@ -59,6 +59,8 @@ def main(args):
 
     # --- Optimiser, and the checkpoint to resume --------------------------------------------------
     schedule = optim.make_schedule(args, len(train_source), usual_batch=16384, at_least=2)
+    if schedule.batch_size == 1:
+        raise InputError('BatchNorm needs two images on a device at a time: --batch_size 2')
     optimizer = create_lars(model.head, schedule.lr, args.momentum, args.weight_decay)
     run = engine.Run(args, schedule, settings, model, optimizer, device, classes, True)
     run.log.say('\n'.join([f'Linear probe; {origin}', *settings.notes]))
