@@ -1,8 +1,11 @@
-"""A user's mistakes in all jobs: one line, exit code 2, before any training starts."""
+"""Users' mistakes, of all jobs: one line on stderr that names what decides, and exit code 2."""
 
 import re
+import shutil
 
+import numpy as np
 import pytest
+import torch
 
 import main_finetune
 import main_linprobe
@@ -10,97 +13,132 @@ import main_pretrain
 import main_segment
 from util.args import run_job
 
-ALL = main_pretrain, main_finetune, main_linprobe, main_segment
-TRAINING = main_pretrain, main_finetune, main_linprobe
-LABELLED = main_finetune, main_linprobe
+JOBS = {
+    'pretrain': main_pretrain,
+    'finetune': main_finetune,
+    'linprobe': main_linprobe,
+    'segment': main_segment,
+}
 
-MISTAKES = [  # jobs, flags, what the line names
-    (ALL, ['--data_path', 'nowhere'], 'nowhere'),
-    (ALL, ['--epochs', 'many'], 'many'),
-    (ALL, ['--epochs', '0'], '--epochs'),
-    (ALL, ['--lr', 'nan'], '--lr'),
-    (ALL, ['--model', 'vit'], 'vit_nano_patch4'),
-    (ALL, ['--mask_ration', '0.5'], '--mask_ration'),
-    (ALL, ['@missing.txt'], 'missing.txt'),
-    (ALL, ['--device', 'abacus'], 'abacus'),
-    (ALL, ['--device', 'cuda'], 'cuda'),
-    (ALL, ['--init_from', 'missing.pth'], 'missing.pth'),
-    (ALL, ['--init_from', '{text}'], 'list.txt'),
-    (TRAINING, ['--data_path', '{empty}'], 'empty'),
-    (TRAINING, ['--data_path', '{broken}'], 'broken'),
-    (TRAINING, ['--input_size', '18'], '18 x 18'),
-    (TRAINING, ['--input_size', '16', '16', '16'], '--input_size'),
-    (TRAINING, ['--mean', '0.5', '0.5'], 'mean'),
-    (TRAINING, ['--in_chans', '4'], '4'),
-    (TRAINING, ['--total_batch_size', '65'], '64'),
-    (TRAINING, ['--batch_size', '6', '--total_batch_size', '17'], '17'),
-    (TRAINING, ['--warmup_epochs', '9'], 'warm-up'),
-    (TRAINING, ['--min_lr', '2'], '--min_lr'),
-    (TRAINING, ['--output_dir', '/dev/null/output'], '/dev/null/output'),
-    (TRAINING, ['--resume', 'missing.pth'], 'missing.pth'),
-    ([main_pretrain], ['--fuse_layers', '0', '4'], '[0, 4]'),
-    ([main_pretrain], ['--mask_ratio', '0.99'], '0.99'),
-    ([main_pretrain], ['--knn_every', '1', '--data_path', '{flat}'], '--knn_every'),
-    (LABELLED, ['--data_path', '{flat}', '--val_share', '0.2'], 'label'),
-    (LABELLED, ['--eval'], '--init_from'),
-    (LABELLED, ['--crop_pct', '2'], '--crop_pct'),
-    ([main_finetune], ['--predict', '{flat}'], '--init_from'),
-    ([main_finetune], ['--aa', 'random'], 'random'),
-    ([main_finetune], ['--batch_size', '1'], '--batch_size'),
-    ([main_segment], ['--eval', '--data_path', 'shapes'], '--init_from'),
+# (jobs, flags, what the line contains); {NAME} is a place below
+MISTAKES = [
+    # --- Flags
+    ('all', '--mask_ration 0.5', '--mask_ration'),
+    ('all', 'recipes/demo_pretrain.txt', 'recipes/demo_pretrain.txt'),
+    ('all', '@missing.txt', 'missing.txt'),
+    ('all', '@{quote}', 'quotation'),
+    ('all', '--epochs many', "'many'"),
+    ('all', '--epochs 0', '--epochs'),
+    ('all', '--lr nan', 'nan'),
+    ('all', '--lr -1', '-1'),
+    ('all', '--model vit', "no model 'vit'"),
+    ('all', '--input_size 16 16 16', '--input_size'),
+    ('all', '--input_size 18', 'patch size 4'),
+    ('all', '--device abacus', 'abacus'),
+    ('all', '--amp fp8', "'fp8'"),
+    ('all', '--mean 0.5 0.5', '3 channels'),
+    ('all', '--num_heads 5', 'num_heads 5'),
+    ('all', '--warmup_epochs 9', '9 epochs of warm-up'),
+    ('all', '--lr 1e-3 --min_lr 2e-3', '0.002'),
+    ('all', '--total_batch_size 65', '64 images'),
+    ('all', '--batch_size 6 --total_batch_size 17', '17'),
+    ('all', '--output_dir /dev/null/output', '/dev/null/output'),
+    ('all', '--resume missing.pth', 'missing.pth'),
+    ('all', '--resume {text}', 'damaged'),
+    ('all', '--resume {weights}', 'not a checkpoint'),
+    ('all', '--init_from missing.pth', 'missing.pth'),
+    ('all', '--init_from {text}', 'damaged'),
+    ('all', '--init_from {numbers}', 'numbers.pth'),
+    ('pretrain', '--fuse_layers 0 4', '3'),
+    ('pretrain', '--mask_ratio 1.5', '1.5'),
+    ('pretrain', '--mask_ratio 0.99', '0.99'),
+    ('pretrain', '--input_size 4 --patch_size 2', '--crop simple'),
+    ('pretrain', '--knn_every 1 --data_path {flat} --total_batch_size 2', '--knn_every'),
+    ('finetune', '--aa random', 'random'),
+    ('finetune', '--batch_size 1', '--mixup 0'),
+    ('finetune', '--in_chans 5 --data_path {arrays}', '--aa none'),
+    ('linprobe', '--batch_size 1', '--batch_size'),
+    ('classes', '--crop_pct 2', '--crop_pct'),
+    # --- Data
+    ('all', '--data_path nowhere', 'nowhere'),
+    ('all', '--data_path {empty}', 'empty'),
+    ('all', '--val_path nowhere', 'nowhere'),
+    ('images', '--data_path {broken}', 'broken'),
+    ('images', '--data_path torch/imaginary', 'torch/imaginary'),
+    ('images', '--data_path {empty_list}', 'list.txt'),
+    ('images', '--data_path {zip}', 'data.zip'),
+    ('images', '--in_chans 4', '4'),
+    ('classes', '--data_path {flat} --val_path {flat}', 'no labels'),
+    ('classes', '--data_path {one} --val_path {one}', 'only one class'),
+    ('classes', '--val_path {other}', 'zebra'),
+    ('classes', '--data_path {one}', '--val_share'),
+    ('classes', '--eval', '--init_from'),
+    ('classes', '--eval --init_from {weights}', 'not a classifier'),
+    ('finetune', '--predict {one}', '--init_from'),
+    ('finetune', '--eval --data_path {other} --init_from {classifier}', 'zebra'),
+    ('segment', '--data_path {flat}', 'flat'),
+    ('segment', '--eval --data_path shapes', '--init_from'),
 ]
+GROUPS = {
+    'all': ['pretrain', 'finetune', 'linprobe'],
+    'images': ['pretrain', 'finetune'],
+    'classes': ['finetune', 'linprobe'],
+}
+CASES = [(job, *rest) for group, *rest in MISTAKES for job in GROUPS.get(group, [group])]
 
 
 @pytest.fixture(scope='module')
 def places(folder, tmp_path_factory):
     root = tmp_path_factory.mktemp('places')
-    for name in ('empty', 'broken', 'flat'):
-        (root / name).mkdir()
-    for index in range(3):
-        (root / f'broken/{index}.jpg').write_text('not an image')
-    for path in sorted(folder.rglob('*.png'))[:30]:
-        (root / 'flat' / path.name).write_bytes(path.read_bytes())
+    names = 'empty', 'broken', 'flat', 'one/bar', 'arrays', 'other'
+    for name in names:
+        (root / name).mkdir(parents=True)
+    image = next((folder / 'train/bar').iterdir())
+    for number in range(3):
+        (root / f'broken/{number}.jpg').write_text('not an image')
+        shutil.copy(image, root / f'flat/{number}.png')
+        shutil.copy(image, root / f'one/bar/{number}.png')
+    for split in ('train', 'val'):
+        for name in ('a', 'b'):
+            (root / 'arrays' / split / name).mkdir(parents=True)
+            for number in range(20):
+                path = root / 'arrays' / split / name / f'{number}.npy'
+                np.save(path, np.random.default_rng(number).random((16, 16, 5), 'float32'))
+    shutil.copytree(folder / 'val', root / 'other', dirs_exist_ok=True)
+    (root / 'other/bar').rename(root / 'other/zebra')
     (root / 'list.txt').write_text('\n# nothing\n')
-    return {name: root / name for name in ('empty', 'broken', 'flat')} | {'text': root / 'list.txt'}
+    (root / 'quote.txt').write_text('--data_path "open')
+    (root / 'text.pth').write_text('not weights')
+    (root / 'data.zip').write_bytes(b'PK\x03\x04\xff\0')
+    torch.save({'numbers': torch.zeros(3)}, root / 'numbers.pth')
+    flags = (
+        f'--data_path {folder} --model vit_nano_patch4 --input_size 16 --total_batch_size 16 '
+        '--epochs 1 --num_workers 0 --device cpu'
+    )
+    for job in ('pretrain', 'finetune'):
+        output = ['--output_dir', str(root / job)]
+        JOBS[job].main(JOBS[job].get_parser().parse_args([*flags.split(), *output]))
+    state = torch.load(root / 'pretrain/checkpoint-last.pth', weights_only=True)
+    torch.save(state['model'], root / 'weights.pth')
+    return {
+        **{name.split('/')[0]: root / name.split('/')[0] for name in names},
+        'empty_list': root / 'list.txt',
+        'quote': root / 'quote.txt',
+        'text': root / 'text.pth',
+        'zip': root / 'data.zip',
+        'numbers': root / 'numbers.pth',
+        'weights': root / 'weights.pth',
+        'classifier': root / 'finetune/checkpoint-last.pth',
+    }
 
 
-@pytest.mark.parametrize(
-    'job, flags, named',
-    [
-        pytest.param(job, flags, named, id=f'{job.__name__} {" ".join(flags)}')
-        for jobs, flags, named in MISTAKES
-        for job in jobs
-    ],
-)
-def test_a_mistake_is_one_line(job, flags, named, places, small_run, monkeypatch, capsys):
-    monkeypatch.setattr('engine.train_epoch', lambda *_: pytest.fail('training has started'))
-    arguments = small_run('run', *(flag.format(**places) for flag in flags))
-    with pytest.raises(SystemExit) as exit:
-        run_job(job.main, job.get_parser(), arguments)
-    line = capsys.readouterr().err
-    assert exit.value.code == 2, line
-    assert re.fullmatch(r'[^\n]*: error: [^\n]+\n', line) and named in line, line
-
-
-def test_model_after_sizes_wins(tmp_path):
-    """Later flags win: a recipe's sizes do not change a model that is named after it."""
-    recipe = tmp_path / 'recipe.txt'
-    recipe.write_text('# small\n--embed_dim 192 --depth 6\n--fuse_layers 0 5  # two\n--lr 1e-3\n')
-    parse = main_pretrain.get_parser().parse_args
-    args = parse([f'@{recipe}', '--model', 'vit_tiny_patch4', '--num_heads', '6'])
-    assert (args.embed_dim, args.depth, args.fuse_layers, args.num_heads) == (None, None, None, 6)
-    assert args.lr == 1e-3 and parse([f'@{recipe}', '--depth', '7']).depth == 7
-
-
-def test_output_that_has_no_encoding(monkeypatch, capsys):
-    """As a notebook's, which also cannot be reconfigured."""
-
-    class Plain:
-        def write(self, text):
-            pass
-
-        def flush(self):
-            pass
-
-    monkeypatch.setattr('sys.stdout', Plain())
-    run_job(lambda args: print('done'), main_pretrain.get_parser(), [])
+@pytest.mark.parametrize('job, flags, value', CASES, ids=lambda value: str(value)[:60])
+def test_a_mistake_is_one_line_and_code_2(job, flags, value, places, small_run, monkeypatch, capfd):
+    monkeypatch.setattr('engine.train_epoch', lambda *_: pytest.fail('the training has started'))
+    given = [flag.format(**places) for flag in flags.split()]
+    with pytest.raises(SystemExit) as stopped:
+        run_job(JOBS[job].main, JOBS[job].get_parser(), small_run('run', *given))
+    error = capfd.readouterr().err
+    *notes, line = error.splitlines()
+    assert stopped.value.code == 2 and re.match(r'\S+: error: ', line) and value in line, error
+    assert not notes or '{classifier}' in flags  # whose origin is said

@@ -1,36 +1,50 @@
-"""The recipe files against the published recipe (mmpretrain configs/mff, configs/mae)."""
+"""The recipes against the published ones (mmpretrain configs/mff and mae), and their reader."""
 
-from pathlib import Path
+import io
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 import main_finetune
 import main_linprobe
 import main_pretrain
-from models_mff import MaskedAutoencoderMFF
+import main_segment
+from models_mff import MaskedAutoencoderMFF, create_encoder, model_sizes
 from util import weights
+from util.args import ArgumentParser, run_job
 
-RECIPES = Path(__file__).parent.parent / 'recipes'
+RECIPES = ROOT / 'recipes'
+JOBS = {
+    'pretrain': main_pretrain,
+    'finetune': main_finetune,
+    'linprobe': main_linprobe,
+    'segment': main_segment,
+}
 
 
 def read(name, *flags):
-    recipe = f'@{RECIPES / name}'
-    return main_pretrain.get_parser().parse_args([recipe, '--data_path', 'images', *flags])
+    job = JOBS[name.split('_')[-1].removesuffix('.txt')]
+    return job.get_parser().parse_args([f'@{RECIPES / name}', *flags])
+
+
+def values(args, **expected):
+    """Those attributes of args that are expected, to compare."""
+    return {name: getattr(args, name) for name in expected}
 
 
 @pytest.mark.parametrize('epochs', [300, 800])
-def test_vit_base_is_the_published_recipe(epochs):
+def test_vit_base_pretrain_is_the_published_recipe(epochs):
     args = read(f'vit_base_{epochs}e_pretrain.txt')
-    assert args.model == 'vit_base_patch16' and args.fuse_layers == [0, 2, 4, 6, 8, 11]
-    assert args.total_batch_size == 4096
-    assert args.lr is None and args.blr * args.total_batch_size / 256 == pytest.approx(2.4e-3)
-    assert args.betas == [0.9, 0.95] and args.weight_decay == 0.05
-    assert (args.epochs, args.warmup_epochs, args.min_lr) == (epochs, 40, 0)
-    assert args.amp == 'fp16' and args.clip_grad is None
-    assert args.crop == 'simple' and args.input_size == [224, 224]
-    assert args.mean is None and args.std is None  # ImageNet's
-    assert args.mask_ratio == 0.75 and args.norm_pix_loss is True
+    expected = dict(
+        model='vit_base_patch16', fuse_layers=[0, 2, 4, 6, 8, 11], input_size=[224, 224],
+        total_batch_size=4096, lr=None, betas=[0.9, 0.95], weight_decay=0.05, epochs=epochs,
+        warmup_epochs=40, min_lr=0, amp='fp16', clip_grad=None, crop='simple', mask_ratio=0.75,
+        norm_pix_loss=True, mean=None, std=None,
+    )  # fmt: skip
+    assert values(args, **expected) == expected
+    assert args.blr * args.total_batch_size / 256 == pytest.approx(2.4e-3)
 
 
 @pytest.mark.parametrize(
@@ -43,61 +57,71 @@ def test_other_sizes_share_the_recipe(size, layers):
     assert args.model == f'vit_{size}_patch16' and args.fuse_layers == layers
 
 
-def test_one_gpu_keeps_the_learning_rate_rule():
-    args, base = read('one_gpu_pretrain.txt'), read('vit_base_300e_pretrain.txt')
-    assert args.blr == base.blr and args.total_batch_size % args.batch_size == 0
-
-
-@pytest.mark.parametrize('path', sorted(RECIPES.glob('*_pretrain.txt')), ids=lambda path: path.stem)
-def test_every_recipe_is_of_a_model(path):
-    args = main_pretrain.get_parser().parse_args(
-        [f'@{path}', *([] if 'data_path' in path.read_text() else ['--data_path', 'x'])]
-    )
-    sizes = weights.settings_of(args, None).sizes
-    with torch.device('meta'):
-        MaskedAutoencoderMFF(**sizes)
-    assert args.output_dir == f'output/{path.stem}'
-
-
-# --- Downstream: mmpretrain configs/mff/benchmarks ------------------------------------------------
-
-
-def read_downstream(job, name):
-    return job.get_parser().parse_args([f'@{RECIPES / name}'])
-
-
 def test_vit_base_finetune_is_the_published_recipe():
-    args = read_downstream(main_finetune, 'vit_base_finetune.txt')
-    assert args.model == 'vit_base_patch16' and args.input_size == [224, 224]
-    assert args.crop_pct == 224 / 256
-    assert args.total_batch_size == 1024 and args.lr is None
+    args = read('vit_base_finetune.txt')
+    expected = dict(
+        model='vit_base_patch16', input_size=[224, 224], crop_pct=224 / 256, lr=None,
+        total_batch_size=1024, betas=[0.9, 0.999], weight_decay=0.05, layer_decay=0.65, epochs=100,
+        warmup_epochs=5, min_lr=1e-6, drop_path=0.1, aa='rand-m9-mstd0.5-inc1', reprob=0.25,
+        mixup=0.8, cutmix=1.0, smoothing=0.1,
+    )  # fmt: skip
+    assert values(args, **expected) == expected
     assert args.blr * args.total_batch_size / 256 == pytest.approx(2e-3)
-    assert args.betas == [0.9, 0.999] and args.weight_decay == 0.05 and args.layer_decay == 0.65
-    assert (args.epochs, args.warmup_epochs, args.min_lr) == (100, 5, 1e-6)
-    assert args.drop_path == 0.1 and args.aa == 'rand-m9-mstd0.5-inc1' and args.reprob == 0.25
-    assert (args.mixup, args.cutmix, args.smoothing) == (0.8, 1.0, 0.1)
 
 
 def test_vit_base_linprobe_is_the_published_recipe():
-    args = read_downstream(main_linprobe, 'vit_base_linprobe.txt')
-    assert args.model == 'vit_base_patch16' and args.input_size == [224, 224]
-    assert args.crop_pct == 224 / 256
-    assert args.total_batch_size == 16384 and args.lr is None
+    args = read('vit_base_linprobe.txt')
+    expected = dict(
+        model='vit_base_patch16', input_size=[224, 224], crop_pct=224 / 256, lr=None,
+        total_batch_size=16384, momentum=0.9, weight_decay=0, epochs=90, warmup_epochs=10, min_lr=0,
+    )  # fmt: skip
+    assert values(args, **expected) == expected
     assert args.blr * args.total_batch_size / 256 == pytest.approx(6.4)
-    assert args.momentum == 0.9 and args.weight_decay == 0
-    assert (args.epochs, args.warmup_epochs, args.min_lr) == (90, 10, 0)
 
 
-@pytest.mark.parametrize('job', ['finetune', 'linprobe'])
-def test_every_downstream_recipe_follows_vit_base(job):
-    main = {'finetune': main_finetune, 'linprobe': main_linprobe}[job]
-    base = vars(read_downstream(main, f'vit_base_{job}.txt'))
-    free = {'model', 'output_dir', 'batch_size'}
-    for path in sorted(RECIPES.glob(f'*_{job}.txt')):
-        args = vars(read_downstream(main, path.name))
-        assert args['output_dir'] == f'output/{path.stem}'
-        changed = {name for name in args if args[name] != base[name]} - free
-        if path.stem.startswith('vit_') or path.stem == 'one_gpu_finetune':
-            assert not changed, path
-        elif path.stem == 'one_gpu_linprobe':
-            assert changed == {'total_batch_size'}
+@pytest.mark.parametrize('job', JOBS)
+def test_every_recipe_builds_its_model(job):
+    for path in RECIPES.glob(f'*_{job}.txt'):
+        args = read(path.name)
+        assert args.output_dir == f'output/{path.stem}'
+        build = MaskedAutoencoderMFF
+        if job != 'pretrain':
+            build = lambda **sizes: create_encoder(sizes)  # noqa: E731
+        with torch.device('meta'):
+            build(**weights.settings_of(args, None).sizes)
+        if path.stem in (f'vit_small_{job}', f'one_gpu_{job}') and job in ('finetune', 'linprobe'):
+            base = read(f'vit_base_{job}.txt')
+            changed = {name for name in vars(args) if getattr(args, name) != getattr(base, name)}
+            assert changed <= {'model', 'output_dir', 'batch_size', 'total_batch_size'}
+
+
+# --- The reader -----------------------------------------------------------------------------------
+
+
+def test_comments_quotes_and_later_flags(tmp_path):
+    recipe = tmp_path / 'recipe.txt'
+    recipe.write_text('# a comment\n--data_path "a folder"  # another\n\n--epochs 5 --lr 1e-3\n')
+    args = main_pretrain.get_parser().parse_args([f'@{recipe}', '--epochs', '7'])
+    assert (args.data_path, args.epochs, args.lr) == ('a folder', 7, 1e-3)
+
+
+def test_a_later_model_wins_over_the_sizes_of_a_recipe(tmp_path):
+    recipe = tmp_path / 'recipe.txt'
+    recipe.write_text('--model vit_nano_patch4 --depth 6 --embed_dim 192 --fuse_layers 0 5')
+    parse = main_pretrain.get_parser().parse_args
+    args = parse([f'@{recipe}', '--model', 'vit_base_patch16'])
+    assert weights.settings_of(args, None).sizes == model_sizes('vit_base_patch16')
+    args = parse([f'@{recipe}', '--model', 'vit_base_patch16', '--depth', '2'])
+    sizes = weights.settings_of(args, None).sizes
+    assert (sizes['embed_dim'], sizes['depth'], sizes['fuse_layers']) == (768, 2, (0, 1))
+
+
+def test_stdout_of_a_notebook(monkeypatch):
+    """It has no reconfigure; a terminal's has, as a name of a file need not be UTF-8."""
+    monkeypatch.setattr(sys, 'stdout', io.StringIO())
+    run_job(lambda args: print('done'), ArgumentParser(), [])
+    assert sys.stdout.getvalue() == 'done\n'
+    terminal = io.TextIOWrapper(io.BytesIO(), 'utf-8')
+    monkeypatch.setattr(sys, 'stdout', terminal)
+    run_job(lambda args: print('not \udcff UTF-8'), ArgumentParser(), [])
+    assert terminal.buffer.getvalue() == b'not \\udcff UTF-8\n'
