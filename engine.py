@@ -45,6 +45,7 @@ class Run:
             'std': list(settings.std),
             'classes': classes,
             'num_images': schedule.num_images,
+            'total_batch_size': schedule.total_batch_size,
             'batch_size': schedule.batch_size if compare_batch else None,
         }
         same = {'precision': str(self.autocast.keywords), 'device': device.type, **vars(args)}
@@ -89,7 +90,8 @@ class Run:
         """What was asked to stop ends here: it raises Interrupted once the file is there."""
         self.saver.save(self.step, checkpoint.LAST, required=True)
         distributed.barrier()  # the launcher would end all with the first that exits
-        self.log.say(f'Stopped after step {self.step}, and saved; the same command resumes it')
+        how = '' if self.args.resume == 'auto' else ' with --resume auto'
+        self.log.say(f'Stopped after step {self.step}, and saved; the same command{how} resumes it')
         raise Interrupted(f'at step {self.step}')
 
 

@@ -225,7 +225,7 @@ def predict(args, device):
         else:
             names = [f'{name} {p:.1%}' for name, p in top.items()]
             print('  '.join([source.path(number), *names] + ([f'(is {true})'] if true else [])))
-    if count < len(source):
+    if sum(distributed.gather(count)) < len(source):
         raise SystemExit(1)
 
 

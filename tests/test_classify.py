@@ -20,7 +20,7 @@ import engine_classify
 import main_finetune
 import main_linprobe
 from models_mff import create_encoder, model_sizes
-from util import data
+from util import checkpoint, data
 from util.optim import param_groups
 from util.weights import convert_state_dict
 
@@ -269,6 +269,25 @@ def test_the_best_checkpoint_has_the_best_weights(elsewhere, job, monkeypatch):
     assert best['step'] == (16 if elsewhere else 8)
 
 
+def test_a_best_that_was_not_written_does_not_count(finetune, monkeypatch):
+    scores, write = iter([50.0, 40.0]), checkpoint.write
+
+    def evaluate(*_):
+        value = next(scores)
+        return {'val_loss': 1.0, 'val_top1': value, 'val_balanced': value}, {'bar': value}
+
+    def write_later(state, path):
+        if state.get('best_top1') == 50:
+            raise OSError('the disk is full')
+        write(state, path)
+
+    monkeypatch.setattr(engine_classify, 'evaluate', evaluate)
+    monkeypatch.setattr(checkpoint, 'write', write_later)
+    run = finetune('run', '--epochs', '2')
+    best = torch.load(run.output_dir / 'checkpoint-best.pth', weights_only=True)
+    assert best['best_top1'] == run.checkpoint['best_top1'] == 40
+
+
 # --- Evaluation and prediction --------------------------------------------------------------------
 
 CHOICES = '--crop_pct 0.6 --mean 0.3 0.4 0.5 --std 0.2 0.25 0.35 --lr 0.01 --epochs 6'.split()
@@ -394,6 +413,14 @@ def test_predictions(classifiers, folder, tmp_path, capsys):
         assert line['classes'] == pytest.approx(expected, abs=1e-4)
         assert list(line['classes'].values()) == sorted(line['classes'].values(), reverse=True)
     assert not lines
+
+    flags[1] = folder / 'val'
+    two = Processes(main_finetune, *[list(map(str, flags))] * 2)
+    assert two.wait() == [0, 0]
+    shown = [
+        json.loads(line)['image'] for rank in (0, 1) for line in two.printed(rank).splitlines()
+    ]
+    assert sorted(shown) == sorted(map(str, paths))
 
 
 def test_pretrained_to_everything(pretrain, finetune, linprobe, tmp_path, capsys):

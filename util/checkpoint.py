@@ -70,7 +70,7 @@ class Saver:
             raise InputError(f'--output_dir {folder}: {error.strerror}') from None
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by workers
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):
             self.lock.seek(0)
             raise InputError(f'--output_dir {folder} is in use by {self.lock.read()}') from None
         except OSError as error:
@@ -81,9 +81,10 @@ class Saver:
 
     # --- Save -------------------------------------------------------------------------------------
 
-    def save(self, step, *names, required=False):
+    def save(self, step, *names, best=None, required=False):
         """Write checkpoints. One that cannot be written is reported, and training continues.
 
+        best: {name: score}, which enters the record once BEST is written.
         required: it is the last of this run; raises RunError if it cannot be written.
         """
         if not distributed.is_first():
@@ -95,13 +96,15 @@ class Saver:
             'scaler': self.scaler.state_dict() if self.scaler else {},
             'step': step,
             'args': {name: plain(value) for name, value in vars(self.args).items()},
-            **self.record,
+            **(self.record | (best or {})),
         }
         if not all(tensor.isfinite().all() for tensor in state['model'].values()):
             raise FloatingPointError(f'the weights are not finite after step {step}')
         try:
             for name in names:
                 write(state, os.path.join(self.args.output_dir, name))
+                if name == BEST:
+                    self.record |= best
         except (OSError, RuntimeError) as error:
             message = f'step {step}: cannot save {name} ({error}); the last checkpoint is kept'
             if required:
@@ -121,11 +124,12 @@ class Saver:
         if self.args.keep_every and epoch % self.args.keep_every == 0:
             names.insert(0, f'checkpoint-{epoch:04d}.pth')
         if best and all(best[name] > self.record.get(name, -1.0) for name in best):
-            self.record |= best
             names.insert(0, BEST)
+        else:
+            best = None
         is_end = step == self.total_steps
         if names != [LAST] or is_end:
-            self.save(step, *names, required=is_end)
+            self.save(step, *names, best=best, required=is_end)
 
     # --- Resume -----------------------------------------------------------------------------------
 
@@ -175,7 +179,12 @@ class Saver:
         then = {f'--{key}': value for key, value in state['args'].items()}
         for key in FREE_FLAGS:
             now.pop(f'--{key}', None)
-        record = {'num_images': 'images', 'classes': 'classes', 'batch_size': 'images on a device'}
+        record = {
+            'num_images': 'images',
+            'classes': 'classes',
+            'total_batch_size': 'images per step',
+            'batch_size': 'images on a device',
+        }
         for key, text in record.items():
             if self.record.get(key) is not None:
                 now[text], then[text] = self.record[key], state.get(key, self.record[key])

@@ -123,7 +123,10 @@ class Loader:
 
     def __init__(self, samples, batch_keys, device, settings, num_workers=None, leave_out=False):
         self.samples, self.device, self.leave_out = samples, device, leave_out
-        self.mean, self.std = settings.mean, settings.std
+        # on the device: from a list, each batch would wait for all the work before it
+        self.mean, self.std = (
+            torch.tensor(v, device=device) for v in (settings.mean, settings.std)
+        )
         self.num_bad, self.waits, self.reported, self.stream = 0, [], set(), None
         workers = default_workers() if num_workers is None else num_workers
         fork = workers > 0 and sys.platform == 'linux'  # workers share the list of images

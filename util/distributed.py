@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from util.errors import InputError, as_input_error
 
 # DistributedDataParallel would destroy a group while it holds the GIL, which gloo's threads may
-# need to free their last tensors: groups are kept until the process ends (args.leave).
+# need to free their last tensors: groups are kept until the process ends (args.run_job).
 joined = []
 
 
@@ -50,15 +50,15 @@ def start(name):
         name = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        if name == 'cuda':  # srun --gpus-per-task shows a task fewer devices than there are tasks
+            device = torch.device('cuda', local_rank() % max(1, torch.cuda.device_count()))
+        torch.empty(0, device=device)  # on cuda:0 all processes would take memory
     except (RuntimeError, AssertionError) as error:  # torch says why
         raise InputError(f'--device {name}: {str(error).splitlines()[0]}') from None
     if world()[1] > 1:
-        if device.type == 'mps' or device.index is not None:
+        if name != 'cuda' and (device.type == 'mps' or device.index is not None):
             raise InputError(f'--device {name} is one device, for {world()[1]} processes')
         join_group(device.type)
-    if name == 'cuda':  # a task may see fewer devices than there are tasks: srun --gpus-per-task
-        device = torch.device('cuda', local_rank() % torch.cuda.device_count())
     if device.type == 'cuda':
         torch.cuda.set_device(device)
     return device

@@ -134,7 +134,7 @@ class Log:
         shown = {name: f'{value:.4g}' for name, value in values.items() if '/' not in name}
         if self.on_terminal and 'loss' in values:
             self.bar.set_postfix({name: shown[name] for name in ('loss', 'images_per_s')})
-        else:
+        elif shown:
             progress = self.bar.format_dict
             words = [f'epoch {epoch:.2f}  step {step}/{progress["total"]}']
             words += [f'{name} {value}' for name, value in shown.items()]
