@@ -8,7 +8,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import Processes
+from conftest import Processes, Result, close_weights
 
 import engine
 import main_pretrain
@@ -16,55 +16,46 @@ from util import data, distributed
 from util.args import ArgumentParser, run_job
 from util.errors import InputError, RunError
 
-
-def refused(job):
-    """The one line of all processes of a job, which all end with code 2."""
-    assert job.wait() == [2] * len(job.jobs), job.printed(errors=True)
-    error = ''.join(job.printed(rank, errors=True) for rank in range(len(job.jobs)))
-    assert re.fullmatch(r'\S+: error: .+\n', error), error
-    return error
-
-
 # --- What processes compare -----------------------------------------------------------------------
 
 
+def other_precision(rank):
+    """As --amp auto finds it on two generations of GPUs."""
+    mixed = engine.mixed_precision
+    engine.mixed_precision = lambda _, device: mixed(('fp16', 'bf16')[rank], device)
+
+
+def own_disk(rank):
+    find = engine.checkpoint.Saver.find
+    engine.checkpoint.Saver.find = lambda saver: (None, None) if rank else find(saver)
+
+
 @pytest.mark.parametrize(
-    'flags, name',
+    'flags, before, named',
     [
-        (['--lr', '2e-3'], 'lr'),
-        (['--amp', 'bf16'], 'precision'),
-        (['--output_dir', '{elsewhere}'], 'output_dir'),
+        (['--lr', '2e-3'], None, 'lr: [0.001, 0.002]'),
+        (['--seed', '1'], None, 'seed: [0, 1]'),
+        ([], other_precision, 'float16'),
+        ([], own_disk, '[4, 0]'),
     ],
+    ids=['lr', 'seed', 'precision', 'step'],
 )
-def test_processes_compare_flags(flags, name, small_run, tmp_path):
-    theirs = [flag.format(elsewhere=tmp_path / 'elsewhere') for flag in flags]
-    job = Processes(main_pretrain, small_run('run'), small_run('run', *theirs))
-    assert name in refused(job)
-    assert not (tmp_path / 'run/checkpoint-last.pth').exists()
+def test_processes_that_differ_are_refused(flags, before, named, whole, small_run, tmp_path):
+    """Averaged gradients would be wrong, without a word."""
+    (tmp_path / 'run').mkdir()
+    state = whole.checkpoint | {'step': 4}
+    torch.save(state, tmp_path / 'run/checkpoint-last.pth')
+    job = Processes(main_pretrain, small_run('run'), small_run('run', *flags), before=before)
+    assert job.wait() == [2, 2], job.printed(errors=True)
+    error = job.printed(errors=True)
+    assert re.fullmatch(r'\S+: error: .+\n', error) and named in error, error
+    assert job.printed(1, errors=True) == ''  # the first of a machine speaks
 
 
-def test_processes_compare_precision_and_device(small_run):
-    """As --amp auto chooses it on two generations of GPUs: fp16 and bf16 with the same flags."""
-
-    def older_gpu(rank):
-        mixed = engine.mixed_precision
-        engine.mixed_precision = lambda amp, device: mixed(('fp16', 'bf16')[rank], device)
-
-    flags = small_run('run')
-    error = refused(Processes(main_pretrain, flags, flags, before=older_gpu))
-    assert 'precision' in error and 'float16' in error and 'bfloat16' in error
-
-
-def test_processes_compare_the_step_to_resume(small_run, pretrain, tmp_path):
-    """A folder that is not shared: the first process has a checkpoint, the other has none."""
-    pretrain('run', '--epochs', '1')
-
-    def own_disk(rank):
-        find = engine.checkpoint.Saver.find
-        engine.checkpoint.Saver.find = lambda saver: (None, None) if rank else find(saver)
-
-    flags = small_run('run', '--epochs', '1')
-    assert '[4, 0]' in refused(Processes(main_pretrain, flags, flags, before=own_disk))
+def test_a_mistake_on_the_first_process_reaches_all(small_run, tmp_path):
+    (tmp_path / 'run/lock').mkdir(parents=True)
+    job = Processes(main_pretrain, *[small_run('run')] * 2)
+    assert job.wait() == [2, 2] and '--output_dir' in job.printed(errors=True)
 
 
 # --- What launchers say ---------------------------------------------------------------------------
@@ -79,10 +70,18 @@ def test_mpirun_alone_is_refused(size, monkeypatch, pretrain, error_of):
     assert distributed.world() == (0, 1)
 
 
-def test_srun_without_an_address(monkeypatch, pretrain, error_of):
-    for name, value in {'SLURM_NTASKS': '4', 'SLURM_PROCID': '1', 'SLURM_LOCALID': '0'}.items():
-        monkeypatch.setenv(name, value)
-    assert distributed.world() == (1, 4)
+def test_srun(whole, small_run, tmp_path, monkeypatch, pretrain, error_of):
+    """Its tasks train one model as one process does; they need an address."""
+
+    def as_slurm(rank):
+        pairs = {'RANK': 'PROCID', 'LOCAL_RANK': 'LOCALID', 'WORLD_SIZE': 'NTASKS'}
+        for ours, slurms in pairs.items():
+            os.environ[f'SLURM_{slurms}'] = os.environ.pop(ours)
+
+    job = Processes(main_pretrain, *[small_run('two')] * 2, before=as_slurm)
+    assert job.wait() == [0, 0], job.printed(errors=True)
+    assert close_weights(Result(tmp_path / 'two'), whole)
+    monkeypatch.setenv('SLURM_NTASKS', '4')
     error = error_of(pretrain, 'run')
     assert '4 processes' in error and 'MASTER_ADDR' in error
 
@@ -90,7 +89,7 @@ def test_srun_without_an_address(monkeypatch, pretrain, error_of):
 @pytest.mark.parametrize('name', ['WORLD_SIZE', 'RANK', 'SLURM_NTASKS'])
 def test_a_variable_that_is_no_number(name, monkeypatch, pretrain, error_of):
     monkeypatch.setenv(name, 'two')
-    assert f"{name}: invalid literal for int() with base 10: 'two'" in error_of(pretrain, 'run')
+    assert f'{name}: ' in error_of(pretrain, 'run')
 
 
 @pytest.mark.parametrize('visible, device', [(1, 'cuda:0'), (4, 'cuda:1')])
@@ -117,14 +116,7 @@ def test_one_device_is_not_for_several_processes(name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    'end, code',
-    [
-        (None, 0),
-        (SystemExit(75), 75),
-        (InputError('wrong'), 2),
-        (RunError('lost'), 1),
-        (KeyboardInterrupt(), 130),
-    ],
+    'end, code', [(None, 0), (InputError('a'), 2), (RunError('b'), 1), (KeyboardInterrupt(), 130)]
 )
 def test_a_process_of_a_group_ends_without_cleaning_up(end, code, monkeypatch):
     """In Python's clean-up gloo's threads may abort the process."""
@@ -164,7 +156,7 @@ def test_joining_a_group_is_remembered_and_buffers_are_shared():
 
 @pytest.mark.parametrize('action', ['kill', 'error'])
 def test_a_loader_worker_that_fails_ends_the_run_in_one_line(action, small_run):
-    """Also where another hangs."""
+    """An error also where another hangs."""
 
     def lose_workers(rank):
         read = data.Samples.__getitem__
@@ -173,10 +165,10 @@ def test_a_loader_worker_that_fails_ends_the_run_in_one_line(action, small_run):
             worker = torch.utils.data.get_worker_info()
             if worker is None:
                 return read(samples, key)
+            if action == 'kill':
+                os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(600 * worker.id)
-            if action == 'error':
-                raise RunError('the disk is gone')
-            os.kill(os.getpid(), signal.SIGKILL)
+            raise RunError('the disk is gone')
 
         data.Samples.__getitem__ = lost
 
