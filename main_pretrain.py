@@ -31,7 +31,9 @@ def get_parser():
     crops = ['simple', 'rrc', 'none']
     add('--crop', choices=crops, default='simple', help="MFF's, MAE's or none")
     add('--grad_checkpointing', action=boolean, default=False, help='less memory, more time')
-    add('--knn_every', type=flags.number(int, 1), metavar='EPOCHS', help='between 20-NN accuracies')
+    epochs = {'type': flags.number(int, 1), 'metavar': 'EPOCHS'}
+    add('--knn_every', **epochs, help='between 20-NN accuracies')
+    add('--picture_every', **epochs, default=20, help='between reconstructions')
     return parser
 
 

@@ -214,7 +214,6 @@ def add_common_arguments(parser, betas=None):
     add('--keep_every', **epochs, help='between checkpoints that are kept')
     add('--log_every', type=count, default=20, metavar='STEPS', help='between log lines')
     add('--eval_every', **epochs, default=1, help='between evaluations')
-    add('--picture_every', **epochs, default=20, help='between pictures')
 
 
 def add_classifier_arguments(parser):

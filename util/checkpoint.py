@@ -47,7 +47,7 @@ def write(state, path):
 class Saver:
     """The checkpoints of a run, which rank 0 writes.
 
-    Every --save_every minutes, at the end of epochs, and when the run is asked to stop.
+    Every --save_every minutes, for --keep_every and the best, at the end, and at a stop request.
 
     Args:
         scaler: of fp16, or None.
