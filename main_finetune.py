@@ -34,7 +34,7 @@ def get_parser():
     add = parser.add_argument_group('fine-tuning').add_argument
     ratio, rate = flags.number(float, 0, 1), flags.number(float, 0)
     add('--global_pool', choices=['avg', 'token'], help='what the head sees (default: avg)')
-    add('--layer_decay', type=ratio, default=0.65, help='rate of a block over that of the next')
+    add('--layer_decay', type=ratio, default=0.65, help='rate of a block over the next; 0: freeze')
     add('--drop_path', type=flags.number(float, 0, 0.99), default=0.1, help='of the last block')
     aa = 'rand-m9-mstd0.5-inc1'
     add('--aa', type=augmentation, default=aa, help="timm's RandAugment, or none")
