@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchvision.transforms.v2.functional import to_pil_image
+from PIL import Image
+from torchvision.transforms import v2
 
 import main_finetune
 import main_linprobe
@@ -43,7 +44,7 @@ def folder(tmp_path_factory):
             image, label = shapes[index]
             path = root / split / shapes.classes[label] / f'{index}.png'
             path.parent.mkdir(parents=True, exist_ok=True)
-            to_pil_image(image).save(path)
+            v2.functional.to_pil_image(image).save(path)
     return root
 
 
@@ -68,30 +69,23 @@ def whole(folder, tmp_path_factory):
     return Result(output_dir)
 
 
-@pytest.fixture
-def pretrain(small_run, tmp_path):
-    """pretrain(name, *flags) -> Result of a small run of main_pretrain in this process."""
-    return runner(main_pretrain, small_run, tmp_path)
+def job_fixture(job, *defaults):
+    """A fixture: start(name, *flags) -> Result of a small run of a job in this process."""
+
+    @pytest.fixture
+    def fixture(small_run, tmp_path):
+        def start(name, *flags):
+            run_job(job.main, job.get_parser(), small_run(name, *defaults, *flags))
+            return Result(tmp_path / name)
+
+        return start
+
+    return fixture
 
 
-@pytest.fixture
-def finetune(small_run, tmp_path):
-    """finetune(name, *flags) -> Result of a small run of main_finetune in this process."""
-    return runner(main_finetune, small_run, tmp_path)
-
-
-@pytest.fixture
-def linprobe(small_run, tmp_path):
-    """linprobe(name, *flags) -> Result of a small run of main_linprobe in this process."""
-    return runner(main_linprobe, small_run, tmp_path, '--lr', '0.5')
-
-
-def runner(job, small_run, tmp_path, *defaults):
-    def start(name, *flags):
-        run_job(job.main, job.get_parser(), small_run(name, *defaults, *flags))
-        return Result(tmp_path / name)
-
-    return start
+pretrain = job_fixture(main_pretrain)
+finetune = job_fixture(main_finetune)
+linprobe = job_fixture(main_linprobe, '--lr', '0.5')
 
 
 @pytest.fixture
@@ -153,9 +147,13 @@ class Result:
         lines = (self.output_dir / 'log.jsonl').read_text().splitlines()
         return [json.loads(line) for line in lines[1:]]
 
+    def values(self, name):
+        """{step: value} of the log's entries that have it."""
+        return {entry['step']: entry[name] for entry in self.entries if name in entry}
+
     @property
     def losses(self):
-        return {entry['step']: entry['loss'] for entry in self.entries if 'loss' in entry}
+        return self.values('loss')
 
     @property
     def checkpoint(self):
@@ -175,6 +173,21 @@ def close_weights(a, b):
         for name, tensor in states[0].items()
         if not name.endswith('qkv.bias')  # the key's third has no gradient but rounding
     )
+
+
+def read_val(folder, side, interpolation):
+    """(paths, images (20, 3, 16, 16), labels) of val/ by PIL and torchvision, resized to a side."""
+    paths = sorted((folder / 'val').rglob('*.png'))
+    names = [path.parent.name for path in paths]
+    transform = v2.Compose([
+        v2.PILToTensor(),
+        v2.Resize(side, interpolation, antialias=True),
+        v2.CenterCrop(16),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize((0.3, 0.4, 0.5), (0.2, 0.25, 0.35)),
+    ])  # fmt: skip
+    images = torch.stack([transform(Image.open(path)) for path in paths])
+    return paths, images, torch.tensor([sorted(set(names)).index(name) for name in names])
 
 
 def our_names(values, state):

@@ -62,7 +62,7 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(
     assert signal.getsignal(number) == handler
     result = pretrain('cut', '--keep_every', '2')
     assert same_weights(result, whole)
-    assert [entry['step'] for entry in result.entries if 'val_loss' in entry] == [4, 8, 12]
+    assert list(result.values('val_loss')) == [4, 8, 12]
     assert (tmp_path / 'cut/checkpoint-0002.pth').exists()
 
 
@@ -142,8 +142,7 @@ def test_a_signal_ends_an_evaluation_which_the_same_command_does_again(
     assert job.printed().count('evaluated') <= 1 + processes
     assert last_step(tmp_path / 'run') == 4
     result = pretrain('run', '--batch_size', '2')
-    ours, theirs = ([e['val_loss'] for e in r.entries if 'val_loss' in e] for r in (result, whole))
-    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert result.values('val_loss') == pytest.approx(whole.values('val_loss'), rel=1e-4)
 
 
 # --- One run in a directory -----------------------------------------------------------------------
@@ -256,8 +255,7 @@ def test_a_step_that_is_not_finite_is_skipped(
     left = break_losses(monkeypatch, what)
     at_step(3, lambda: left.__setitem__(0, 1))
     skipped = pretrain('skipped', *flags)
-    entry = skipped.entries[-2]
-    assert entry['step'] == 4 and entry['skipped'] == 1 and entry['loss'] is None
+    assert skipped.values('skipped') == {4: 1} and skipped.losses[4] is None
     stop_at(3, pretrain, 'stopped', *flags)
     assert same_weights(skipped, Result(tmp_path / 'stopped'))
 
@@ -292,6 +290,5 @@ def test_a_step_is_skipped_by_all_processes(pretrain, small_run, at_step, monkey
     left = break_losses(monkeypatch, 'loss')
     at_step(6, lambda: left.__setitem__(0, 1))
     one, two = pretrain('one'), Result(tmp_path / 'two')
-    for result in (one, two):
-        assert [entry['step'] for entry in result.entries if 'skipped' in entry] == [7]
+    assert one.values('skipped') == two.values('skipped') == {7: 1}
     assert close_weights(one, two)

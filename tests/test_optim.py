@@ -5,7 +5,6 @@ from argparse import Namespace
 import pytest
 import torch
 
-from models_mff import create_encoder, model_sizes
 from util import distributed
 from util.errors import InputError
 from util.optim import Schedule, learning_rate, make_schedule, param_groups, split_batch
@@ -81,22 +80,6 @@ def test_a_default_batch_is_never_refused(num_images, world_size, monkeypatch):
     schedule = make_schedule(args, num_images, at_least=2)
     assert schedule.batch_size % 2 == 0 and schedule.accumulation == 1
     assert schedule.total_batch_size == world_size * schedule.batch_size
-
-
-def test_layer_decay():
-    """decay ** (depth + 1 - id); 0 leaves a rate to norm and head alone (0 ** 0 is 1)."""
-    model = create_encoder(model_sizes('vit_nano_patch4'))
-    model.reset_classifier(10)
-    names = {id(p): name for name, p in model.named_parameters()}
-    for decay in (0.65, 0.0):
-        groups = param_groups(model, 0.05, layer_decay=decay)
-        scales = {names[id(p)]: group['lr_scale'] for group in groups for p in group['params']}
-        for name, scale in scales.items():
-            if name.startswith('blocks.'):
-                power = 4 - int(name.split('.')[1])
-            else:
-                power = 0 if name.startswith(('fc_norm.', 'head.')) else 5
-            assert scale == pytest.approx(decay**power), name
 
 
 def test_layer_decay_needs_a_model_that_knows_its_layers():
