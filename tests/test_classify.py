@@ -151,36 +151,25 @@ PLAIN = '--mixup 0 --cutmix 0 --drop_path 0'.split()
 STRONG = '--mixup 0.8 --cutmix 1.0 --drop_path 0.2 --batch_size 8'.split()
 
 
-@pytest.fixture
-def mixed_runs(monkeypatch):
-    """(images and labels of each micro-batch, what the network is given) of a run to come."""
-    loaded, seen = [], []
-    advance, forward = data.Loader.__next__, VisionTransformer.forward
+def test_mixing_is_timms_from_the_seed_of_step_and_place(finetune, monkeypatch):
+    mixed = []
 
-    def watched_advance(loader):
-        loaded.append([tensor.clone() for tensor in advance(loader)])
-        return [tensor.clone() for tensor in loaded[-1]]
+    class Recorded(Mixup):
+        def __call__(self, imgs, labels):
+            before = imgs.clone()
+            mixed.append((before, labels, *super().__call__(imgs, labels)))
+            return mixed[-1][2:]
 
-    def watched_forward(model, images):
-        if model.training:
-            seen.append(images.clone())
-        return forward(model, images)
-
-    monkeypatch.setattr(data.Loader, '__next__', watched_advance)
-    monkeypatch.setattr(VisionTransformer, 'forward', watched_forward)
-    return loaded, seen
-
-
-def test_mixing_is_timms_from_the_seed_of_step_and_place(mixed_runs, finetune):
-    loaded, seen = mixed_runs
+    monkeypatch.setattr(main_finetune, 'Mixup', Recorded)
     finetune('run', *STRONG, '--epochs', '1', '--seed', '3')
-    assert len(loaded) == len(seen) == 8
     mixup = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=10)
-    for number, ((images, labels), given) in enumerate(zip(loaded, seen)):
+    for number, (before, labels, images, targets) in enumerate(mixed):
         step, micro_step = divmod(number, 2)
         data.seed_generators(3, step, 8 * micro_step)
-        assert torch.equal(mixup(images.clone(), labels)[0], given)
-    assert not any(torch.equal(images, given) for (images, _), given in zip(loaded[:3], seen))
+        expected = mixup(before.clone(), labels)
+        assert torch.equal(images, expected[0]) and torch.equal(targets, expected[1])
+        assert number > 2 or not torch.equal(images, before)
+    assert len(mixed) == 8
 
 
 def test_processes_change_nothing_at_the_same_micro_batch(job, small_run, tmp_path, capsys):
@@ -221,9 +210,9 @@ def test_workers_and_interruptions_change_nothing(job, stop_at):
 
 def test_resuming_with_another_batch_on_a_device(finetune, linprobe, stop_at, error_of):
     """Refused where batches matter: for mixing, drop path and BatchNorm."""
-    for start, flags in ((finetune, STRONG[:-2]), (linprobe, [])):
-        stop_at(1, start, flags[0] if flags else 'probe', *flags)
-        error = error_of(start, flags[0] if flags else 'probe', *flags, '--batch_size', '8')
+    for start, name, *flags in ((finetune, 'tuned', *STRONG[:-2]), (linprobe, 'probe')):
+        stop_at(1, start, name, *flags)
+        error = error_of(start, name, *flags, '--batch_size', '8')
         assert 'images on a device 16 -> 8' in error
     stop_at(1, finetune, 'plain', *PLAIN)
     whole = finetune('whole', *PLAIN)
@@ -238,16 +227,26 @@ def test_layer_decay_0_trains_norm_and_head_alone(finetune):
     assert changed == {'fc_norm.weight', 'fc_norm.bias', 'head.weight', 'head.bias'}
 
 
+@pytest.fixture
+def scores(monkeypatch):
+    """scores([...]): the accuracies of the evaluations to come."""
+
+    def install(values):
+        values = iter(values)
+
+        def evaluate(*_):
+            value = next(values)
+            return {'val_loss': 1.0, 'val_top1': value, 'val_balanced': value}, {'bar': value}
+
+        monkeypatch.setattr(engine_classify, 'evaluate', evaluate)
+
+    return install
+
+
 @pytest.mark.parametrize('elsewhere', [False, True])
-def test_the_best_checkpoint_has_the_best_weights(elsewhere, job, monkeypatch):
-    """With accuracies of our own. The best of another folder does not count."""
-    scores = iter([30.0, 50.0, 40.0, 40.0, 45.0])  # on resuming, the last evaluation comes again
-
-    def evaluate(*_):
-        value = next(scores)
-        return {'val_loss': 1.0, 'val_top1': value, 'val_balanced': value}, {'bar': value}
-
-    monkeypatch.setattr(engine_classify, 'evaluate', evaluate)
+def test_the_best_checkpoint_has_the_best_weights(elsewhere, job, scores):
+    """The best of another folder does not count."""
+    scores([30.0, 50.0, 40.0, 40.0, 45.0])  # on resuming, the last evaluation comes again
     first = job[1]('run', '--keep_every', '1')
     second = torch.load(first.output_dir / 'checkpoint-0002.pth', weights_only=True)
     best = torch.load(first.output_dir / 'checkpoint-best.pth', weights_only=True)
@@ -260,19 +259,15 @@ def test_the_best_checkpoint_has_the_best_weights(elsewhere, job, monkeypatch):
     assert best['step'] == (16 if elsewhere else 8)
 
 
-def test_a_best_that_was_not_written_does_not_count(finetune, monkeypatch):
-    scores, write = iter([50.0, 40.0]), checkpoint.write
-
-    def evaluate(*_):
-        value = next(scores)
-        return {'val_loss': 1.0, 'val_top1': value, 'val_balanced': value}, {'bar': value}
+def test_a_best_that_was_not_written_does_not_count(finetune, scores, monkeypatch):
+    write = checkpoint.write
 
     def write_later(state, path):
         if state.get('best_top1') == 50:
             raise OSError('the disk is full')
         write(state, path)
 
-    monkeypatch.setattr(engine_classify, 'evaluate', evaluate)
+    scores([50.0, 40.0])
     monkeypatch.setattr(checkpoint, 'write', write_later)
     run = finetune('run', '--epochs', '2')
     best = torch.load(run.output_dir / 'checkpoint-best.pth', weights_only=True)
@@ -281,23 +276,24 @@ def test_a_best_that_was_not_written_does_not_count(finetune, monkeypatch):
 
 # --- Evaluation and prediction --------------------------------------------------------------------
 
-CHOICES = '--crop_pct 0.6 --mean 0.3 0.4 0.5 --std 0.2 0.25 0.35 --lr 0.01 --epochs 6'.split()
+
+def call(module, *flags):
+    """A job in this process, as a user calls it."""
+    flags = [*map(str, flags), '--device', 'cpu', '--num_workers', '0']
+    module.main(module.get_parser().parse_args(flags))
 
 
 @pytest.fixture(scope='module')
 def classifiers(folder, tmp_path_factory):
     """{'finetune', 'linprobe': Result of a run} with a crop and statistics of their own."""
-    results = {}
+    flags = (
+        '--crop_pct 0.6 --mean 0.3 0.4 0.5 --std 0.2 0.25 0.35 --lr 0.01 --epochs 6 '
+        '--model vit_nano_patch4 --input_size 16 --total_batch_size 16 --data_path'
+    )
+    folders = {name: tmp_path_factory.mktemp(name) for name in JOBS}
     for name, module in JOBS.items():
-        output_dir = tmp_path_factory.mktemp(name)
-        flags = ['--data_path', str(folder), '--output_dir', str(output_dir), *CHOICES]
-        flags += '--model vit_nano_patch4 --input_size 16 --total_batch_size 16'.split()
-        module.main(module.get_parser().parse_args([*flags, '--num_workers', '0', *DEVICE]))
-        results[name] = Result(output_dir)
-    return results
-
-
-DEVICE = ['--device', 'cpu']
+        call(module, *flags.split(), folder, '--output_dir', folders[name])
+    return {name: Result(output_dir) for name, output_dir in folders.items()}
 
 
 def validation(folder, name, state):
@@ -333,37 +329,33 @@ def test_an_evaluation_is_that_of_the_files(name, classifiers, folder, capsys, t
     }
     values = {key: value for key, value in result.entries[-1].items() if 'val' in key}
     assert values == pytest.approx(expected, rel=1e-4)
+    losses = list(result.losses.values())
+    assert name == 'linprobe' or losses[-1] < losses[0]
     assert expected['val_top1'] < expected['val_top5']
 
-    flags = ['--eval', '--data_path', folder, '--init_from', result.last, '--report', tmp_path]
-    module.main(module.get_parser().parse_args([*map(str, flags), *DEVICE, '--num_workers', '0']))
+    call(module, '--eval', '--data_path', folder, '--init_from', result.last, '--report', tmp_path)
     assert f'top-1 {expected["val_top1"]:.2f} %' in capsys.readouterr().out
-    confusion = torch.zeros(10, 10, dtype=torch.long)
-    for label, predicted in zip(labels, logits.argmax(1)):
-        confusion[label, predicted] += 1
-    rows = list(csv.reader(open(tmp_path / 'confusion.csv')))
-    assert [list(map(int, row[1:])) for row in rows[1:]] == confusion.tolist()
+    pairs = list(zip(labels.tolist(), logits.argmax(1).tolist()))
+    rows = list(csv.reader(open(tmp_path / 'confusion.csv')))[1:]
+    found = {(i, j): int(rows[i][j + 1]) for i in range(10) for j in range(10)}
+    assert found == {pair: pairs.count(pair) for pair in found}
     rows = list(csv.DictReader(open(tmp_path / 'classes.csv')))
     assert [float(row['recall']) for row in rows] == pytest.approx(recalls)
     rows = list(csv.DictReader(open(tmp_path / 'mistakes.csv')))
-    wrong = {str(path) for path, rank in zip(paths, ranks) if rank}
-    assert {row['image'] for row in rows} == wrong and len(rows) == len(wrong)
-    assert [float(r['probability']) for r in rows] == sorted(
-        (float(r['probability']) for r in rows), reverse=True
-    )
+    wrong = [str(path) for path, rank in zip(paths, ranks) if rank]
+    assert sorted(row['image'] for row in rows) == wrong
+    confidence = [float(row['probability']) for row in rows]
+    assert confidence == sorted(confidence, reverse=True)
 
 
 def test_some_of_the_classes_are_evaluated_over_their_logits(classifiers, folder, tmp_path, capsys):
-    paths, labels, logits = validation(
-        folder, 'finetune', classifiers['finetune'].checkpoint['model']
-    )
-    classes = sorted(path.name for path in (folder / 'val').iterdir())
+    result = classifiers['finetune']
+    paths, labels, logits = validation(folder, 'finetune', result.checkpoint['model'])
+    classes = result.checkpoint['classes']
     few = classes[1:8:2]
     for name in few:
-        shutil.copytree(folder / 'val' / name, tmp_path / 'few' / name)
-    flags = ['--eval', '--data_path', tmp_path / 'few', '--init_from', classifiers['finetune'].last]
-    parser = main_finetune.get_parser()
-    main_finetune.main(parser.parse_args([*map(str, flags), *DEVICE]))
+        shutil.copytree(folder / 'val' / name, tmp_path / name)
+    call(main_finetune, '--eval', '--data_path', tmp_path, '--init_from', result.last)
     index = torch.tensor([classes.index(name) for name in few])
     chosen = torch.isin(labels, index)
     right = (index[logits[chosen][:, index].argmax(1)] == labels[chosen]).float().mean().item()
@@ -376,33 +368,45 @@ def test_predictions(classifiers, folder, tmp_path, capsys):
     """Of a folder with a file that is no image, which is named, and makes the exit code 1."""
     result = classifiers['finetune']
     paths, labels, logits = validation(folder, 'finetune', result.checkpoint['model'])
-    classes = result.checkpoint['classes']
+    classes, bad = result.checkpoint['classes'], tmp_path / 'val/bar/0.png'
     shutil.copytree(folder / 'val', tmp_path / 'val')
-    (tmp_path / 'val/bar/0.png').write_bytes(b'no image')
-    flags = ['--predict', tmp_path / 'val', '--json', '--init_from', result.last, *DEVICE]
+    bad.write_bytes(b'no image')
+    flags = '--json', '--init_from', result.last, '--predict'
     with pytest.raises(SystemExit) as ended:
-        main_finetune.main(main_finetune.get_parser().parse_args(list(map(str, flags))))
+        call(main_finetune, *flags, tmp_path / 'val')
     out, err = capsys.readouterr()
-    assert ended.value.code == 1 and f'{tmp_path}/val/bar/0.png' in err
+    assert ended.value.code == 1 and str(bad) in err
     lines = {line['image']: line for line in map(json.loads, out.splitlines())}
+    assert lines.keys() == {str(tmp_path / path.relative_to(folder)) for path in paths} - {str(bad)}
     for path, label, probabilities in zip(paths, labels, logits.softmax(1)):
-        line = lines.pop(str(tmp_path / path.relative_to(folder)), None)
-        if line is None:
-            assert path.match('bar/0.png')
-            continue
-        assert line['class'] == classes[label]
-        expected = dict(zip(classes, probabilities.tolist()))
-        assert line['classes'] == pytest.approx(expected, abs=1e-4)
-        assert list(line['classes'].values()) == sorted(line['classes'].values(), reverse=True)
-    assert not lines
+        line = lines.get(str(tmp_path / path.relative_to(folder)))
+        if line:
+            expected = dict(zip(classes, probabilities.tolist()))
+            assert line['class'] == classes[label]
+            assert line['classes'] == pytest.approx(expected, abs=1e-4)
+            values = list(line['classes'].values())
+            assert values == sorted(values, reverse=True)
 
-    flags[1] = folder / 'val'
-    two = Processes(main_finetune, *[list(map(str, flags))] * 2)
+    arguments = list(map(str, [*flags, folder / 'val']))
+    two = Processes(main_finetune, arguments, arguments)
     assert two.wait() == [0, 0]
-    shown = [
-        json.loads(line)['image'] for rank in (0, 1) for line in two.printed(rank).splitlines()
-    ]
+    shown = [json.loads(line)['image'] for i in (0, 1) for line in two.printed(i).splitlines()]
     assert sorted(shown) == sorted(map(str, paths))
+
+
+def test_held_out_images_are_evaluated_and_predicted(linprobe, folder, capsys):
+    """--eval on the data of a run with --val_share: what was not trained on; or --split val."""
+    flags = ['--data_path', folder / 'train', '--val_share', '0.2', '--epochs', '1']
+    result, shown = linprobe('run', *flags), {}
+    for split in ('train', 'val'):
+        capsys.readouterr()
+        split_flags = ['--predict', folder / 'train', '--split', split, '--topk', '1']
+        call(main_finetune, *split_flags, '--init_from', result.last)
+        shown[split] = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert len(shown['train']) == result.checkpoint['num_images'] == 64 - len(shown['val'])
+    assert len(shown['train'] | shown['val']) == 64
+    call(main_linprobe, '--eval', *flags[:2], '--init_from', result.last)
+    assert f'on {len(shown["val"])} images' in capsys.readouterr().out
 
 
 def test_pretrained_to_everything(pretrain, finetune, linprobe, tmp_path, capsys):

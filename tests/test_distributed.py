@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import time
-from argparse import Namespace
 
 import pytest
 import torch
@@ -133,25 +132,6 @@ def test_a_process_of_a_group_ends_without_cleaning_up(end, code, monkeypatch):
     except SystemExit:  # after the _exit that did not exit
         pass
     assert ended == [code]
-
-
-def test_joining_a_group_is_remembered_and_buffers_are_shared():
-    """Every process gets rank 0's statistics of a BatchNorm; sums and values of all."""
-
-    def main(args):
-        distributed.start('cpu')
-        rank, _ = distributed.world()
-        layer = torch.nn.BatchNorm1d(2)
-        layer.running_mean.fill_(rank + 5)
-        distributed.share_buffers(layer)
-        total = distributed.sum_over_processes(torch.tensor([rank + 1]))
-        print(layer.running_mean.tolist(), total.tolist(), distributed.gather(rank))
-        assert distributed.joined
-        distributed.stop()
-
-    job = Processes(Namespace(main=main, get_parser=ArgumentParser), [], [], [])
-    assert job.wait() == [0] * 3, job.printed(errors=True)
-    assert {job.printed(rank) for rank in range(3)} == {'[5.0, 5.0] [6] [0, 1, 2]\n'}
 
 
 @pytest.mark.parametrize('action', ['kill', 'error'])
