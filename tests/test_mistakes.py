@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL_RUN
 
 import main_finetune
 import main_linprobe
@@ -13,12 +14,8 @@ import main_pretrain
 import main_segment
 from util.args import run_job
 
-JOBS = {
-    'pretrain': main_pretrain,
-    'finetune': main_finetune,
-    'linprobe': main_linprobe,
-    'segment': main_segment,
-}
+MAINS = main_pretrain, main_finetune, main_linprobe, main_segment
+JOBS = {main.__name__.removeprefix('main_'): main for main in MAINS}
 
 # (jobs, flags, what the line contains); {NAME} is a place below
 MISTAKES = [
@@ -65,8 +62,8 @@ MISTAKES = [
     ('all', '--val_path nowhere', 'nowhere'),
     ('images', '--data_path {broken}', 'broken'),
     ('images', '--data_path torch/imaginary', 'torch/imaginary'),
-    ('images', '--data_path {empty_list}', 'list.txt'),
-    ('images', '--data_path {zip}', 'data.zip'),
+    ('images', '--data_path {list}', 'list.txt'),
+    ('images', '--data_path {data}', 'data.zip'),
     ('images', '--in_chans 4', '4'),
     ('classes', '--data_path {flat} --val_path {flat}', 'no labels'),
     ('classes', '--data_path {one} --val_path {one}', 'only one class'),
@@ -88,22 +85,19 @@ CASES = [(job, *rest) for group, *rest in MISTAKES for job in GROUPS.get(group, 
 
 
 @pytest.fixture(scope='module')
-def places(folder, tmp_path_factory):
+def places(folder, whole, tmp_path_factory):
     root = tmp_path_factory.mktemp('places')
-    names = 'empty', 'broken', 'flat', 'one/bar', 'arrays', 'other'
-    for name in names:
+    for name in ('empty', 'broken', 'flat', 'one/bar', 'other'):
         (root / name).mkdir(parents=True)
     image = next((folder / 'train/bar').iterdir())
     for number in range(3):
         (root / f'broken/{number}.jpg').write_text('not an image')
         shutil.copy(image, root / f'flat/{number}.png')
         shutil.copy(image, root / f'one/bar/{number}.png')
-    for split in ('train', 'val'):
-        for name in ('a', 'b'):
-            (root / 'arrays' / split / name).mkdir(parents=True)
-            for number in range(20):
-                path = root / 'arrays' / split / name / f'{number}.npy'
-                np.save(path, np.random.default_rng(number).random((16, 16, 5), 'float32'))
+    for name in ('train/a', 'train/b', 'val/a', 'val/b'):
+        (root / 'arrays' / name).mkdir(parents=True)
+        for number in range(10):
+            np.save(root / f'arrays/{name}/{number}.npy', np.eye(16, 80).reshape(16, 16, 5))
     shutil.copytree(folder / 'val', root / 'other', dirs_exist_ok=True)
     (root / 'other/bar').rename(root / 'other/zebra')
     (root / 'list.txt').write_text('\n# nothing\n')
@@ -111,25 +105,11 @@ def places(folder, tmp_path_factory):
     (root / 'text.pth').write_text('not weights')
     (root / 'data.zip').write_bytes(b'PK\x03\x04\xff\0')
     torch.save({'numbers': torch.zeros(3)}, root / 'numbers.pth')
-    flags = (
-        f'--data_path {folder} --model vit_nano_patch4 --input_size 16 --total_batch_size 16 '
-        '--epochs 1 --num_workers 0 --device cpu'
-    )
-    for job in ('pretrain', 'finetune'):
-        output = ['--output_dir', str(root / job)]
-        JOBS[job].main(JOBS[job].get_parser().parse_args([*flags.split(), *output]))
-    state = torch.load(root / 'pretrain/checkpoint-last.pth', weights_only=True)
-    torch.save(state['model'], root / 'weights.pth')
-    return {
-        **{name.split('/')[0]: root / name.split('/')[0] for name in names},
-        'empty_list': root / 'list.txt',
-        'quote': root / 'quote.txt',
-        'text': root / 'text.pth',
-        'zip': root / 'data.zip',
-        'numbers': root / 'numbers.pth',
-        'weights': root / 'weights.pth',
-        'classifier': root / 'finetune/checkpoint-last.pth',
-    }
+    torch.save(whole.checkpoint['model'], root / 'weights.pth')
+    flags = ['--data_path', str(folder), *SMALL_RUN, '--epochs', '1', '--output_dir', str(root)]
+    main_finetune.main(main_finetune.get_parser().parse_args(flags))
+    (root / 'checkpoint-last.pth').rename(root / 'classifier.pth')
+    return {path.stem: path for path in root.iterdir()}
 
 
 @pytest.mark.parametrize('job, flags, value', CASES, ids=lambda value: str(value)[:60])
