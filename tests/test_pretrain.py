@@ -11,14 +11,13 @@ import torch
 from conftest import Processes, Result, close_weights, command, read_val, same_weights
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_model import plain_forward
 from torchvision.transforms import v2
 
 import engine
 import main_finetune
 import main_linprobe
 import main_pretrain
-from models_mff import model_sizes
+from models_mff import MaskedAutoencoderMFF, model_sizes
 from util import checkpoint, data
 from util.errors import InputError
 from util.log import Log
@@ -52,7 +51,7 @@ def test_a_run_trains_and_leaves_everything(whole):
     assert written == pytest.approx(whole.losses)
 
 
-SIZES = model_sizes('vit_nano_patch4', depth=2)
+MODEL = MaskedAutoencoderMFF(**model_sizes('vit_nano_patch4', img_size=16, depth=2))
 LOGGED = [[0, 1], [2, 3], [4], [5], [6, 7], [8, 9]]  # steps of a line: two, or the end of an epoch
 
 
@@ -96,6 +95,10 @@ def watched(folder, tmp_path_factory):
     return result, [*states, result.checkpoint['model']], batches
 
 
+def loss_of(state, images, noise):
+    return torch.func.functional_call(MODEL, state, (images, 0.75, noise))[0]
+
+
 def test_the_log_tells_of_all_images(watched):
     """Loss: the mean since the last line. Norm of the gradient: the last step's. Rates, speed."""
     result, states, batches = watched
@@ -103,7 +106,7 @@ def test_the_log_tells_of_all_images(watched):
     for state, micro_batches in zip(states, batches):
         state = {name: tensor.clone() for name, tensor in state.items()}
         trained = [state[name].requires_grad_() for name in state if 'pos_embed' not in name]
-        parts = [plain_forward(state, x, 0.75, noise, SIZES)[0] for x, noise in micro_batches]
+        parts = [loss_of(state, *batch) for batch in micro_batches]
         (sum(parts) / 2).backward()
         losses.append(sum(parts).item() / 2)
         norms.append(math.sqrt(sum(p.grad.double().square().sum().item() for p in trained)))
@@ -134,8 +137,8 @@ def test_validation_is_that_of_the_files(watched, folder):
     losses = result.values('val_loss')
     assert losses.keys() == {5, 10}
     for step, loss in losses.items():
-        expected, _ = plain_forward(states[step], images, 0.75, torch.stack(noise), SIZES)
-        assert loss == pytest.approx(expected.item(), rel=1e-4)
+        expected = loss_of(states[step], images, torch.stack(noise)).item()
+        assert loss == pytest.approx(expected, rel=1e-4)
 
 
 # --- What changes nothing -------------------------------------------------------------------------
