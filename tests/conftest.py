@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -197,6 +198,19 @@ def our_names(values, state):
     return {new: values[name] for new, name in origins.items() if name in values}
 
 
+def command(*arguments, torchrun=0, timeout=300, **environment):
+    """Run a script as a user does, one process or under torchrun; CompletedProcess with text."""
+    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={torchrun}']
+    return subprocess.run(
+        [sys.executable, *(launcher if torchrun else []), *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
 class Processes:
     """A job in forks of this process, which has everything imported: a start takes no time.
 
@@ -206,18 +220,19 @@ class Processes:
         before: called with the rank in each process, to patch what it likes.
     """
 
-    def __init__(self, job, *arguments, before=None):
-        count, fork, meet = len(arguments), multiprocessing.get_context('fork'), {}
+    def __init__(self, job, *arguments, before=None, **environment):
+        count, fork = len(arguments), multiprocessing.get_context('fork')
+        with socket.socket() as sock:
+            sock.bind(('127.0.0.1', 0))
+            port = str(sock.getsockname()[1])
         if count > 1:
-            with socket.socket() as sock:
-                sock.bind(('127.0.0.1', 0))
-                port = str(sock.getsockname()[1])
             meet = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'WORLD_SIZE': str(count)}
+            environment = meet | environment
         self.files = [tempfile.TemporaryFile('w+') for _ in range(2 * count)]
         self.jobs = []
         for rank, flags in enumerate(arguments):
             ranks = {'RANK': str(rank), 'LOCAL_RANK': str(rank)} if count > 1 else {}
-            task = (job, flags, rank, before, ranks | meet)
+            task = (job, flags, rank, before, ranks | environment)
             self.jobs.append(fork.Process(target=self.run, args=task))
             self.jobs[-1].start()
 

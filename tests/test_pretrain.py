@@ -3,14 +3,12 @@
 import math
 import os
 import re
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Processes, Result, close_weights, read_val, same_weights
+from conftest import Processes, Result, close_weights, command, read_val, same_weights
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.transforms import v2
@@ -53,11 +51,16 @@ def test_a_run_trains_and_leaves_everything(whole):
     assert written == pytest.approx(whole.losses)
 
 
-def test_the_log_tells_of_all_images(pretrain, folder, monkeypatch):
-    """Of two epochs of five steps, each of two micro-batches of six images, a line every two steps.
+MODEL = MaskedAutoencoderMFF(**model_sizes('vit_nano_patch4', img_size=16, depth=2))
+LOGGED = [[0, 1], [2, 3], [4], [5], [6, 7], [8, 9]]  # steps of a line: two, or the end of an epoch
 
-    The clock stands still but for 0.1 s for each image that is loaded, and 1 + i s for a forward
-    pass of step i.
+
+@pytest.fixture(scope='module')
+def watched(folder, tmp_path_factory):
+    """(Result, weights before each step and at the end, micro-batches of each step) of a run.
+
+    Two epochs of five steps, each of two micro-batches of six images. The clock stands still but
+    for 0.1 s for each image that is loaded, and 1 + i s for a forward pass of step i.
     """
     clock, states, batches = [0.0], [], [[] for _ in range(10)]
     step, get_sample = engine.optimizer_step, data.Samples.__getitem__
@@ -72,34 +75,44 @@ def test_the_log_tells_of_all_images(pretrain, folder, monkeypatch):
 
         return step(run, watched_loss, loader)
 
-    def slow_sample(samples, key):
+    def sample(samples, key):
         clock[0] += 0.1
         return get_sample(samples, key)
 
-    monkeypatch.setattr(engine, 'optimizer_step', watched_step)
-    monkeypatch.setattr(data.Samples, '__getitem__', slow_sample)
-    monkeypatch.setattr('time.perf_counter', lambda: clock[0])
-    flags = '--total_batch_size 12 --batch_size 6 --epochs 2 --lr 0.01 --min_lr 1e-3 --log_every 2'
-    statistics = '--mean 0.3 0.4 0.5 --std 0.2 0.25 0.35'
-    result = pretrain('run', *flags.split(), *statistics.split())
-    states.append(result.checkpoint['model'])
-    model = MaskedAutoencoderMFF(**model_sizes('vit_nano_patch4', img_size=16))
+    output_dir = tmp_path_factory.mktemp('watched')
+    flags = (
+        '--model vit_nano_patch4 --input_size 16 --depth 2 --total_batch_size 12 --batch_size 6 '
+        '--warmup_epochs 1 --epochs 2 --lr 0.01 --min_lr 1e-3 --log_every 2 --num_workers 0 '
+        '--device cpu --mean 0.3 0.4 0.5 --std 0.2 0.25 0.35 '
+        f'--data_path {folder} --output_dir {output_dir}'
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, 'optimizer_step', watched_step)
+        patch.setattr(data.Samples, '__getitem__', sample)
+        patch.setattr('time.perf_counter', lambda: clock[0])
+        main_pretrain.main(main_pretrain.get_parser().parse_args(flags.split()))
+    result = Result(output_dir)
+    return result, [*states, result.checkpoint['model']], batches
 
-    def loss_of(state, images, noise):
-        return torch.func.functional_call(model, state, (images, 0.75, noise))[0]
 
-    # Loss: the mean since the last line. Gradient, rate: of the last step. Speed, waiting: of both.
+def loss_of(state, images, noise):
+    return torch.func.functional_call(MODEL, state, (images, 0.75, noise))[0]
+
+
+def test_the_log_tells_of_all_images(watched):
+    """Loss: the mean since the last line. Norm of the gradient: the last step's. Rates, speed."""
+    result, states, batches = watched
     losses, norms = [], []
     for state, micro_batches in zip(states, batches):
+        state = {name: tensor.clone() for name, tensor in state.items()}
         trained = [state[name].requires_grad_() for name in state if 'pos_embed' not in name]
-        loss = sum(loss_of(state, *batch) for batch in micro_batches) / 2
-        gradients = torch.autograd.grad(loss, trained)
-        norms.append(torch.cat([gradient.flatten() for gradient in gradients]).norm().item())
-        losses.append(loss.item())
+        parts = [loss_of(state, *batch) for batch in micro_batches]
+        (sum(parts) / 2).backward()
+        losses.append(sum(parts).item() / 2)
+        norms.append(math.sqrt(sum(p.grad.double().square().sum().item() for p in trained)))
     rates = [0.01 * (1e-4 + (1 - 1e-4) * step / 4) for step in range(5)]
     rates += [0.001 + 0.009 * (1 + math.cos(math.pi * step / 5)) / 2 for step in range(5)]
-    lines = [[0, 1], [2, 3], [4], [5], [6, 7], [8, 9]]  # an epoch ends with a line
-    for steps in lines:
+    for steps in LOGGED:
         seconds = sum(1.2 + 2 * (1 + step) for step in steps)
         expected = {
             'loss': sum(losses[step] for step in steps) / len(steps),
@@ -110,16 +123,22 @@ def test_the_log_tells_of_all_images(pretrain, folder, monkeypatch):
         }
         found = {name: result.values(name)[steps[-1] + 1] for name in expected}
         assert found == pytest.approx(expected, rel=1e-3)
-    assert len(result.losses) == len(lines)
+    assert len(result.losses) == len(LOGGED)
 
-    # Validation: of the files, with the masks that (seed 0, epoch 0, index) draw.
+
+def test_validation_is_that_of_the_files(watched, folder):
+    """With the masks that (seed 0, epoch 0, index) draw."""
+    result, states, _ = watched
     _, images, _ = read_val(folder, 16, v2.InterpolationMode.BILINEAR)
     noise = []
     for index in range(20):
         data.seed_generators(0, 0, index)
         noise.append(torch.rand(16))
-    expected = {step: loss_of(states[step], images, torch.stack(noise)).item() for step in (5, 10)}
-    assert result.values('val_loss') == pytest.approx(expected, rel=1e-4)
+    losses = result.values('val_loss')
+    assert losses.keys() == {5, 10}
+    for step, loss in losses.items():
+        expected = loss_of(states[step], images, torch.stack(noise)).item()
+        assert loss == pytest.approx(expected, rel=1e-4)
 
 
 # --- What changes nothing -------------------------------------------------------------------------
@@ -378,9 +397,7 @@ def test_a_few_bad_images_are_reported_once_and_counted(workers, broken, pretrai
 
 def test_too_many_bad_images_end_the_run(broken, small_run):
     """Two in each of two processes, of which each alone would go on; started by torchrun."""
-    launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    flags = small_run('run', *broken(4))
-    done = subprocess.run([*launcher, 'main_pretrain.py', *flags], cwd=ROOT, stderr=subprocess.PIPE)
-    errors = [line for line in done.stderr.decode().splitlines() if '.py: error: ' in line]
-    assert errors == ['main_pretrain.py: error: process 0: 4 of 44 images cannot be read']
+    done = command('main_pretrain.py', *small_run('run', *broken(4)), torchrun=2)
     assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if 'main_pretrain.py: error' in line]
+    assert errors == ['main_pretrain.py: error: process 0: 4 of 44 images cannot be read']
