@@ -1,3 +1,4 @@
+import contextlib
 import json
 import multiprocessing
 import os
@@ -248,7 +249,8 @@ class Processes:
 
     def send(self, signal_number, *ranks):
         for rank in ranks or range(len(self.jobs)):
-            os.kill(self.jobs[rank].pid, signal_number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                os.kill(self.jobs[rank].pid, signal_number)
 
     def wait(self, timeout=100):
         """The exit codes, -N for a signal N."""

@@ -31,7 +31,7 @@ def last_step(output_dir):
 # --- Kills and signals ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('kills, epochs', [(4, 5), pytest.param(60, 20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('kills, epochs', [(4, 5), pytest.param(20, 40, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(kills, epochs, small_run, pretrain, tmp_path):
     """Saving after every step, with any number of workers: the same bits, each step logged once."""
     generator, folder = random.Random(kills), tmp_path / 'killed'
