@@ -72,10 +72,10 @@ def create_criterion(args, source, device, smoothing=0.0, soft=False):
 # --- Evaluation -----------------------------------------------------------------------------------
 
 
-def classes_loader(args, device, source, settings):
+def classes_loader(args, device, source, settings, numbered=False):
     """evaluation_loader of a classifier's images: resized, and cropped at the centre or padded."""
-    transform = transforms.test_transform(args, settings)
-    return engine.evaluation_loader(args, device, data.Samples(source, transform), settings)
+    samples = data.Samples(source, transforms.test_transform(args, settings), numbered=numbered)
+    return engine.evaluation_loader(args, device, samples, settings)
 
 
 def evaluate(model, loader, autocast, classes, run=None, index=None):
@@ -124,12 +124,23 @@ def summary(values, recalls, num_images):
     )
 
 
-def find_classes(known, classes):
-    """(K,) where classes stand among those that a classifier knows. Raises InputError."""
-    unknown = sorted(set(classes) - set(known))
+def find_logits(model, settings, source):
+    """(K,) which of a classifier's logits are of the source's classes. Prints what is assumed.
+
+    Raises:
+        InputError: if it does not know some of them, or has others without names.
+    """
+    count, known = len(model.head.weight), settings.classes or source.classes
+    if len(known) != count:
+        raise InputError(f'the classifier has {count} classes, without names, not {len(known)}')
+    unknown = sorted(set(source.classes) - set(known))
     if unknown:
-        raise InputError(f'the classifier does not know the classes {", ".join(unknown[:5])}')
-    return torch.tensor([known.index(name) for name in classes])
+        raise InputError(f'the classifier does not know the classes {files.shorten(unknown)}')
+    if not settings.classes:
+        files.say(f'it names no classes; their order is assumed: {files.shorten(known)}')
+    if len(source.classes) < count:
+        files.say(f'over the logits of {len(source.classes)} of its {count} classes')
+    return torch.tensor([known.index(name) for name in source.classes])
 
 
 def load_classifier(args, device):
@@ -163,21 +174,11 @@ def report(args, device):
     if args.data_path == settings.args.get('data_path') and not args.val_share:
         args.val_share = settings.args.get('val_share', 0.0)  # what was held out, not all
     _, source = sources.open_sources(args, settings.sizes, labelled=True, only_val=True)
-    num_classes, known = len(model.head.weight), settings.classes or source.classes
-    if len(known) != num_classes:
-        raise InputError(
-            f'{args.init_from} has {num_classes} classes, without names, not {len(known)}'
-        )
-    index = find_classes(known, source.classes)
+    index = find_logits(model, settings, source)
     autocast, _ = engine.mixed_precision(args.amp, device)
     loader = classes_loader(args, device, source, settings)
     values, recalls = evaluate(model, loader, autocast, source.classes, index=index)
-    if distributed.is_first():
-        if not settings.classes:
-            print(f'it names no classes; their order is assumed: {", ".join(known[:5])} ...')
-        if len(index) < num_classes:
-            print(f'over the logits of {len(index)} of its {num_classes} classes')
-        print(summary(values, recalls, len(source)))
+    files.say(summary(values, recalls, len(source)))
     if args.report:
         shares = distributed.gather(list(predictions(args, device, model, settings, source)))
         numbers, probabilities = (np.array(part) for part in zip(*sum(shares, [])))
@@ -185,7 +186,7 @@ def report(args, device):
             paths = [source.path(number) for number in numbers]
             labels = source.labels[numbers]
             write_report(args.report, source.classes, paths, labels, probabilities[:, index])
-            print(f'Wrote classes.csv, confusion.csv, confusion.png, mistakes.csv in {args.report}')
+        files.say(f'Wrote classes.csv, confusion.csv, confusion.png, mistakes.csv in {args.report}')
     distributed.stop()
 
 
@@ -193,10 +194,7 @@ def report(args, device):
 def predictions(args, device, model, settings, source):
     """Yield (number in source, [probability of each class]) of the images that can be read."""
     autocast, _ = engine.mixed_precision(args.amp, device)
-    transform = transforms.test_transform(args, settings)
-    samples = data.Samples(source, transform, numbered=True)
-    loader = engine.evaluation_loader(args, device, samples, settings)
-    model.to(device).eval()
+    loader = classes_loader(args, device, source, settings, numbered=True)
     for images, numbers in engine.evaluation_batches(loader):
         with autocast():
             probabilities = model(images).float().softmax(1)
@@ -235,11 +233,7 @@ def open_given(args, settings):
         args.data_path, args.val_share = args.predict[0], settings.args.get('val_share', 0.0)
         return sources.open_sources(args, settings.sizes)[args.split == 'val']
     paths = files.image_paths(args.predict)
-    options = {
-        'in_chans': settings.sizes['in_chans'],
-        'background': tuple(args.background),
-        'max_value': args.max_value,
-    }
+    options = sources.decode_options(args, settings.sizes)
     numbers = {name: number for number, name in enumerate(settings.classes)}
     labels = [numbers.get(os.path.basename(os.path.dirname(path)), -1) for path in paths]
     return sources.Images(

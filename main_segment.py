@@ -234,7 +234,7 @@ def report(args, device, file, settings, segment, loader):
     model, origin = build(args, device, file, settings, classes, complete=True)
     autocast, _ = engine.mixed_precision(args.amp, device)
     values = evaluate(model, loader, segment, autocast)
-    if distributed.world()[0] == 0:
+    if distributed.is_first():
         print(f'{origin}\nmean {settings.mean}, std {settings.std}\n{summary(values, classes)}')
         print(f'on {len(loader.samples)} images')
     distributed.stop()

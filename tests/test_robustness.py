@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from tools import robustness
 from util.args import run_job
@@ -65,3 +66,21 @@ def test_a_set_with_some_classes_and_corruptions(finetune, folder, tmp_path, cap
     with pytest.raises(SystemExit) as exit:
         run_job(robustness.main, robustness.get_parser(), [*flags, *sets[:2]])
     assert exit.value.code == 2 and 'unicorn' in capsys.readouterr().err
+
+
+def test_classes_without_names_are_not_guessed(finetune, tmp_path, folder, capsys):
+    """A file of ten nameless classes, as timm's, and a set with three: which are they?"""
+    last = finetune('tuned', '--epochs', '1').output_dir / 'checkpoint-last.pth'
+    state = torch.load(last, weights_only=True)
+    torch.save(state | {'classes': None}, last)
+    for path in sorted((folder / 'val').iterdir())[2:5]:
+        shutil.copytree(path, tmp_path / 'some' / path.name)
+    flags = ['--init_from', str(last), '--num_workers', '0', '--out', str(tmp_path / 'out')]
+    with pytest.raises(SystemExit) as exit:
+        run_job(
+            robustness.main,
+            robustness.get_parser(),
+            [*flags, '--imagenet_a', str(tmp_path / 'some')],
+        )
+    assert exit.value.code == 2 and '10 classes, without names, not 3' in capsys.readouterr().err
+    assert not (tmp_path / 'out.json').exists()

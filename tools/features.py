@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 
 import engine
+import engine_classify
 from models_mff import MODELS, create_encoder
 from util import args as flags
-from util import data, distributed, sources, transforms, weights
+from util import distributed, sources, weights
 from util.errors import InputError, as_input_error
 from util.files import say
 
@@ -50,20 +51,18 @@ def main(args):
     say('\n'.join([weights.load(encoder, file) if file else 'random weights', *settings.notes]))
     train, val = sources.open_sources(args, sizes, labelled=bool(args.knn or args.logistic))
     if val and train.classes and val.classes:
-        sources.use_classes(val, train.classes, 'the training images')
+        sources.use_classes(val, train.classes)
     if args.out:
         with as_input_error():
             open(args.out, 'ab').close()  # before the work, as it may not be writable
 
     # --- Features ---------------------------------------------------------------------------------
     autocast, _ = engine.mixed_precision(args.amp, device)
-    transform = transforms.test_transform(args, settings)
     encoder.to(device)
     found = {}  # split: source, features, which images they are of
     for split, source in (('train', train), ('val', val)):
         if source:
-            samples = data.Samples(source, transform, numbered=True)
-            loader = engine.evaluation_loader(args, device, samples, settings)
+            loader = engine_classify.classes_loader(args, device, source, settings, numbered=True)
             batches = engine.evaluation_batches(loader)
             found[split] = source, *engine.extract(encoder, batches, autocast)
 

@@ -66,7 +66,7 @@ def main(args):
     def top1(path):
         args.data_path = path
         _, source = sources.open_sources(args, settings.sizes, labelled=True, only_val=True)
-        index = engine_classify.find_classes(settings.classes or source.classes, source.classes)
+        index = engine_classify.find_logits(model, settings, source)
         loader = engine_classify.classes_loader(args, device, source, settings)
         values, _ = engine_classify.evaluate(model, loader, autocast, source.classes, index=index)
         return values['val_top1']

@@ -14,7 +14,7 @@ from collections import defaultdict
 import numpy as np
 from tqdm import tqdm
 
-from util.distributed import world
+from util.distributed import is_first
 from util.errors import InputError, as_input_error
 from util.images import EXTENSIONS
 
@@ -36,7 +36,7 @@ def shorten(names):
 
 
 def say(text):
-    if world()[0] == 0:
+    if is_first():
         print(text, flush=True)
 
 

@@ -23,7 +23,7 @@ from util.errors import InputError
 from util.files import find_splits, list_files, read_file
 from util.images import EXTENSIONS
 from util.shapes import Shapes
-from util.sources import Images
+from util.sources import Images, decode_options
 
 IGNORE, PADDING = 255, -1  # in masks: counts for nothing; is not part of the image
 AUX_WEIGHT = 0.4  # of the auxiliary head's loss
@@ -67,7 +67,7 @@ def open_pairs(path, args, sizes, classes=None):
             f'lines of {path}/classes.txt, or give --num_classes N'
         )
     splits = find_splits(folder, names, labelled=False)
-    pairs = [Pairs(path, names[part], classes, args, sizes['in_chans']) for _, part in splits]
+    pairs = [Pairs(path, names[part], classes, args, sizes) for _, part in splits]
     return (*pairs, None)[:2]
 
 
@@ -91,8 +91,8 @@ class Pairs(Images):
     names: of the images, bytes, relative to root/images.
     """
 
-    def __init__(self, root, names, classes, args, in_chans):
-        options = dict(in_chans=in_chans, background=args.background, max_value=args.max_value)
+    def __init__(self, root, names, classes, args, sizes):
+        options = decode_options(args, sizes)
         super().__init__(options, root, [b'images/' + name for name in names], read_file)
         self.classes = classes
         has_annotations = os.path.isdir(os.path.join(root, 'annotations'))  # as in ADE20K

@@ -33,8 +33,7 @@ def open_sources(args, sizes, labelled=False, only_val=False, opener=None):
     --data_path may be the validation images. opener, for segmentation: path -> both sources.
     Raises InputError if images or labels are missing, or none of those tried can be read.
     """
-    options = {'in_chans': sizes['in_chans'], 'background': tuple(args.background)}
-    make = partial(Images, options | {'max_value': getattr(args, 'max_value', None)})
+    make = partial(Images, decode_options(args, sizes))
     opener = opener or partial(open_source, args=args, sizes=sizes, make=make, labelled=labelled)
     if only_val and args.val_path:
         train, val = opener(args.val_path)
@@ -50,6 +49,16 @@ def open_sources(args, sizes, labelled=False, only_val=False, opener=None):
     if labelled:
         check_labelled(args.data_path, train, val)
     return train, val
+
+
+def decode_options(args, sizes):
+    """What util.images.decode is to know, from flags and the model's sizes."""
+    max_value = getattr(args, 'max_value', None)
+    return {
+        'in_chans': sizes['in_chans'],
+        'background': tuple(args.background),
+        'max_value': max_value,
+    }
 
 
 def open_source(path, args, sizes, make, labelled):
@@ -109,7 +118,7 @@ def check_labelled(path, train, val):
                 'tab, class, or tars with .cls or .json files'
             )
     if train is not None:
-        use_classes(val, train.classes, 'the training images')
+        use_classes(val, train.classes)
     classes, counts = first.classes, np.bincount(first.labels, minlength=len(first.classes))
     few, many = counts.argmin(), counts.argmax()
     trained = '' if train is None else f'{len(train)} images to train on, '
@@ -119,14 +128,14 @@ def check_labelled(path, train, val):
     )
 
 
-def use_classes(source, classes, whose):
+def use_classes(source, classes):
     """Number a source's labels as in `classes`, of which it may lack some.
 
-    Raises InputError if it has others, which `whose`, such as 'the checkpoint', lacks.
+    Raises InputError if it has others.
     """
     extra = sorted(set(source.classes) - set(classes))
     if extra:
-        raise InputError(f'{source.root}: classes that {whose} lack: {shorten(extra)}')
+        raise InputError(f'{source.root}: classes that the training images lack: {shorten(extra)}')
     lacking = sorted(set(classes) - set(source.classes))
     if lacking:
         say(f'{source.root}: no image of {len(lacking)} classes, {shorten(lacking)}')
