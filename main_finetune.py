@@ -64,10 +64,12 @@ def augmentation(text):
 def main(args):
     # --- Data, model ------------------------------------------------------------------------------
     device = distributed.start(args.device)
-    if args.eval:
+    if args.eval or args.report:
         return engine_classify.report(args, device)
     if args.predict:
         return engine_classify.predict(args, device)
+    if args.split or args.json:
+        raise InputError('--split and --json belong to --predict')
     torch.manual_seed(args.seed)
     file = weights.read(args.init_from) if args.init_from else None
     settings = weights.settings_of(args, file)  # sizes, mean, std: flags, --init_from or --model

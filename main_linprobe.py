@@ -39,7 +39,7 @@ def create_lars(head, lr, momentum, weight_decay):
 def main(args):
     # --- Data, model ------------------------------------------------------------------------------
     device = distributed.start(args.device)
-    if args.eval:
+    if args.eval or args.report:
         return engine_classify.report(args, device)
     torch.manual_seed(args.seed)
     file = weights.read(args.init_from) if args.init_from else None

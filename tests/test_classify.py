@@ -213,7 +213,7 @@ def test_resuming_with_another_batch_on_a_device(finetune, linprobe, stop_at, er
     for start, name, *flags in ((finetune, 'tuned', *STRONG[:-2]), (linprobe, 'probe')):
         stop_at(1, start, name, *flags)
         error = error_of(start, name, *flags, '--batch_size', '8')
-        assert 'images on a device 16 -> 8' in error
+        assert 'batch_size 16 -> 8' in error
     stop_at(1, finetune, 'plain', *PLAIN)
     whole = finetune('whole', *PLAIN)
     assert finetune('plain', *PLAIN, '--batch_size', '8').losses == pytest.approx(whole.losses)

@@ -226,4 +226,4 @@ def add_classifier_arguments(parser):
     )
     add('--class_weights', action='store_true', help='rare classes count more, up to ten times')
     add('--eval', action='store_true', help='only evaluate the weights of --init_from')
-    add('--report', metavar='DIR', help='with --eval: classes, confusion and mistakes, as files')
+    add('--report', metavar='DIR', help='only evaluate; write classes, confusion and mistakes')

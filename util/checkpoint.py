@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import os
 import platform
-import tempfile
 import time
 
 import torch
@@ -62,12 +61,9 @@ class Saver:
     def claim(self):
         """Create --output_dir and lock it until this process ends, however it ends."""
         folder = self.args.output_dir
-        try:
+        with as_input_error(f'--output_dir {folder}'):
             os.makedirs(folder, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
             self.lock = open(os.path.join(folder, 'lock'), 'a+')
-        except OSError as error:
-            raise InputError(f'--output_dir {folder}: {error.strerror}') from None
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by workers
         except (BlockingIOError, PermissionError):
@@ -158,17 +154,16 @@ class Saver:
             return None, None
         if self.args.resume != 'auto':
             return load(self.args.resume), self.args.resume
+        paths = [os.path.join(self.args.output_dir, name) for name in (LAST, PREVIOUS)]
         problems = []
-        for path in [os.path.join(self.args.output_dir, name) for name in (LAST, PREVIOUS)]:
-            if os.path.exists(path):
-                try:
-                    state = load(path)
-                except InputError as error:
-                    problems.append(str(error))
-                    continue
+        for path in filter(os.path.exists, paths):
+            try:
+                state = load(path)
                 if problems:
                     print(f'{problems[0]}; resuming from {path}', flush=True)
                 return state, path
+            except InputError as error:
+                problems.append(str(error))
         if problems:
             raise InputError(f'{"; ".join(problems)}; --resume none starts anew')
         return None, None
@@ -179,15 +174,9 @@ class Saver:
         then = {f'--{key}': value for key, value in state['args'].items()}
         for key in FREE_FLAGS:
             now.pop(f'--{key}', None)
-        record = {
-            'num_images': 'images',
-            'classes': 'classes',
-            'total_batch_size': 'images per step',
-            'batch_size': 'images on a device',
-        }
-        for key, text in record.items():
-            if self.record.get(key) is not None:
-                now[text], then[text] = self.record[key], state.get(key, self.record[key])
+        for key in ('num_images', 'classes', 'total_batch_size', 'batch_size'):
+            if self.record[key] is not None:
+                now[key], then[key] = self.record[key], state.get(key, self.record[key])
         changes = [
             f'{key} {then[key]} -> {now[key]}'
             for key in now
@@ -212,8 +201,7 @@ class Saver:
                 if any(value.dim() and value.shape != parameter.shape for value in values.values()):
                     raise ValueError('other shapes')  # a fused kernel would write out of bounds
         except (RuntimeError, AttributeError, KeyError, TypeError, ValueError) as error:
-            reason = ' '.join(str(error).split())[:200]
-            raise InputError(f'model or optimiser of another run ({reason})') from None
+            raise InputError(f'model or optimiser of another run ({error!r:.200})') from None
         if self.scaler and state['scaler']:
             self.scaler.load_state_dict(state['scaler'])
 

@@ -52,6 +52,8 @@ def start(name):
         device = torch.device(name)
         if name == 'cuda':  # srun --gpus-per-task shows a task fewer devices than there are tasks
             device = torch.device('cuda', local_rank() % max(1, torch.cuda.device_count()))
+        if device.type not in ('cuda', 'mps', 'cpu'):
+            raise RuntimeError('not cuda, mps or cpu')
         torch.empty(0, device=device)  # on cuda:0 all processes would take memory
     except (RuntimeError, AssertionError) as error:  # torch says why
         raise InputError(f'--device {name}: {str(error).splitlines()[0]}') from None
