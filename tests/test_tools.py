@@ -99,7 +99,7 @@ def test_spectrum_of_white_noise():
 def test_spectrum_is_of_the_blocks_outputs():
     encoder, imgs = tiny_encoder(), torch.randn(5, 3, 16, 24)
     x = encoder.pos_drop(encoder._pos_embed(encoder.patch_embed(imgs)))
-    maps = visualize.block_features(encoder, imgs, batch_size=2)
+    maps = visualize.block_features(encoder, imgs)
     with torch.no_grad():
         for block, ours in zip(encoder.blocks, maps, strict=True):
             x = block(x)
@@ -257,7 +257,7 @@ def test_a_reconstruction_takes_seed_and_ratio(whole, folder):
     for seed, ratio in (('0', '0.75'), ('0', '0.75'), ('1', '0.75'), ('1', '0.5')):
         flags = ['reconstruct', str(whole.last), '--seed', seed, '--mask_ratio', ratio]
         args = visualize.get_parser().parse_args([*flags, '--images', *images])
-        axes = visualize.draw_reconstruction(args).axes
+        axes = visualize.draw(args).axes
         inputs, masked = (
             np.asarray(axes[k].images[0].get_array()).reshape(3, -1, 16, 3)[:, :16] for k in (0, 1)
         )

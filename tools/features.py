@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import engine
 import engine_classify
-from models_mff import MODELS, create_encoder
+from models_mff import MODELS
 from util import args as flags
 from util import distributed, sources, weights
 from util.errors import InputError, as_input_error
@@ -45,11 +45,10 @@ def main(args):
     torch.manual_seed(args.seed)
     file = weights.read(args.init_from) if args.init_from else None
     settings = weights.settings_of(args, file)
-    sizes = settings.sizes
     with as_input_error():
-        encoder = create_encoder(sizes, 'token') if file else weights.random_encoder(sizes)
+        encoder = weights.random_encoder(settings.sizes).to(device)
     say('\n'.join([weights.load(encoder, file) if file else 'random weights', *settings.notes]))
-    train, val = sources.open_sources(args, sizes, labelled=bool(args.knn or args.logistic))
+    train, val = sources.open_sources(args, settings.sizes, bool(args.knn or args.logistic))
     if val and train.classes and val.classes:
         sources.use_classes(val, train.classes)
     if args.out:
@@ -58,68 +57,50 @@ def main(args):
 
     # --- Features ---------------------------------------------------------------------------------
     autocast, _ = engine.mixed_precision(args.amp, device)
-    encoder.to(device)
-    found = {}  # split: source, features, which images they are of
+    parts, columns = [], {'names': [], 'split': [], 'labels': []}  # parts: (features, labels)
     for split, source in (('train', train), ('val', val)):
         if source:
             loader = engine_classify.classes_loader(args, device, source, settings, numbered=True)
             batches = engine.evaluation_batches(loader)
-            found[split] = source, *engine.extract(encoder, batches, autocast)
+            features, numbers = engine.extract(encoder, batches, autocast)
+            labels = torch.full((len(source),), -1) if source.labels is None else source.labels
+            parts.append((features, torch.as_tensor(labels)[numbers]))
+            columns['names'] += [source.path(number) for number in numbers.tolist()]
+            columns['split'] += [split] * len(numbers)
+            columns['labels'] += parts[-1][1].tolist()
 
     # --- What they are good for -------------------------------------------------------------------
-    accuracies = {}
-    if args.knn or args.logistic:
-        pairs = [
-            (features, torch.from_numpy(source.labels)[numbers])
-            for source, features, numbers in found.values()
-        ]
-        count = sum(distributed.gather(len(pairs[1][1])))
+    accuracies, count = {}, sum(distributed.gather(len(numbers)))
     if args.knn:
-        accuracies[f'{args.knn}-NN'] = engine.neighbour_accuracy(*pairs, args.knn, device)
+        accuracies[f'{args.knn}-NN'] = engine.neighbour_accuracy(*parts, args.knn, device)
     if args.logistic:
-        accuracies['logistic regression'] = logistic_accuracy(*pairs, device)
+        accuracies['logistic regression'] = logistic_accuracy(*parts, device)
     for method, accuracy in accuracies.items():
         for feature, top1 in accuracy.items():
             say(f'{method} top-1 {top1:.2f} %  by the {feature}, on {count} images')
     if args.out:
-        write(args.out, found)
-        say(f'{args.out}: features of {sum(len(part[2]) for part in found.values())} images')
+        for name in features:
+            columns[name.replace(' ', '_')] = torch.cat([part[name] for part, _ in parts])
+        with as_input_error(), open(args.out, 'wb') as file:
+            np.savez(file, classes=train.classes or [], **columns)
+        say(f'{args.out}: features of {len(columns["names"])} images')
     distributed.stop()
-
-
-def write(path, found):
-    """An .npz of 'names', 'labels' (-1: none), 'classes', 'split', 'cls_token', 'mean_of_patches'.
-
-    found: {split: (source, {feature: (M, D)}, numbers of the images (M,))}.
-    """
-    arrays = {'names': [], 'labels': [], 'split': [], 'cls_token': [], 'mean_of_patches': []}
-    for split, (source, features, numbers) in found.items():
-        labels = np.full(len(source), -1) if source.labels is None else source.labels
-        arrays['names'].append([source.path(number) for number in numbers.tolist()])
-        arrays['labels'].append(labels[numbers.numpy()])
-        arrays['split'].append([split] * len(numbers))
-        for name, values in features.items():
-            arrays[name.replace(' ', '_')].append(values.numpy())
-    arrays = {name: np.concatenate(parts) for name, parts in arrays.items()}
-    with as_input_error(path), open(path, 'wb') as file:
-        np.savez(file, classes=np.array(found['train'][0].classes or []), **arrays)
 
 
 # --- Logistic regression --------------------------------------------------------------------------
 
-HELD_OUT = 0.2  # share of the training images by which the penalty is chosen
 PENALTIES = [10.0 ** (-power / 2) for power in range(13)]  # 1 to 1e-6
 
 
 def logistic_accuracy(train, val, device='cpu'):
     """{feature: top-1 in percent} of val by logistic regression on train, both from extract.
 
-    The penalty is chosen on a fixed held-out part of the training images: from the largest of
-    PENALTIES down, until the loss rises. The model is then fitted to all training images.
+    The penalty is chosen on a fixed fifth of the training images: from the largest of PENALTIES
+    down, until the loss rises. The model is then fitted to all training images.
     """
     (train, labels), (val, val_labels) = train, val
-    held_out = np.random.default_rng(0).random(len(labels)) < HELD_OUT
-    order, used = torch.from_numpy(np.argsort(held_out, kind='stable')), (~held_out).sum()
+    held_out = np.random.default_rng(0).random(len(labels)) < 0.2
+    order, used = np.argsort(held_out, kind='stable'), (~held_out).sum()
     labels = labels[order].to(device)
     accuracy = {}
     for name in train:
@@ -133,14 +114,12 @@ def logistic_accuracy(train, val, device='cpu'):
         lowest = float('inf')
         for penalty in PENALTIES:
             fit_logistic(model, x[:used], labels[:used], penalty)
-            with torch.no_grad():
-                loss = F.cross_entropy(model(x[used:]), labels[used:]).item()
+            loss = F.cross_entropy(model(x[used:]), labels[used:]).item()
             if loss > lowest:
                 break
             lowest, chosen = loss, penalty
         fit_logistic(model, x, labels, chosen)
-        with torch.no_grad():
-            predicted = model((val[name].to(device) - mean) / std).argmax(1).cpu()
+        predicted = model((val[name].to(device) - mean) / std).argmax(1).cpu()
         accuracy[name] = 100 * (predicted == val_labels).double().mean().item()
     return accuracy
 

@@ -21,24 +21,12 @@ from util.errors import InputError, as_input_error
 # Top-1 errors of AlexNet by corruption, in percent (Hendrycks and Dietterich 2019), by which the
 # mean corruption error is normalised.
 ALEXNET = {
-    'gaussian_noise': 88.6,
-    'shot_noise': 89.4,
-    'impulse_noise': 92.3,
-    'defocus_blur': 82.0,
-    'glass_blur': 82.6,
-    'motion_blur': 78.6,
-    'zoom_blur': 79.8,
-    'snow': 86.7,
-    'frost': 82.7,
-    'fog': 81.9,
-    'brightness': 56.5,
-    'contrast': 85.3,
-    'elastic_transform': 64.6,
-    'pixelate': 71.8,
+    'gaussian_noise': 88.6, 'shot_noise': 89.4, 'impulse_noise': 92.3, 'defocus_blur': 82.0,
+    'glass_blur': 82.6, 'motion_blur': 78.6, 'zoom_blur': 79.8, 'snow': 86.7, 'frost': 82.7,
+    'fog': 81.9, 'brightness': 56.5, 'contrast': 85.3, 'elastic_transform': 64.6, 'pixelate': 71.8,
     'jpeg_compression': 60.7,
-}
+}  # fmt: skip
 SETS = {'imagenet_a': 'ImageNet-A', 'imagenet_r': 'ImageNet-R', 'imagenet_sketch': 'Sketch'}
-SEVERITIES = [1, 2, 3, 4, 5]
 
 
 def get_parser():
@@ -56,9 +44,17 @@ def get_parser():
 
 
 def main(args):
-    if not args.imagenet_c and not any(getattr(args, name) for name in SETS):
-        raise InputError('nothing to measure: --imagenet_c, --imagenet_a, --imagenet_r, ...')
-    severities = find_severities(args.imagenet_c) if args.imagenet_c else {}
+    folders = {SETS[name]: [getattr(args, name)] for name in SETS if getattr(args, name)}
+    corruptions = []
+    if args.imagenet_c:
+        with as_input_error():
+            names = sorted(entry.name for entry in os.scandir(args.imagenet_c) if entry.is_dir())
+        corruptions = names or ['CORRUPTION']  # which will be missing
+    for name in corruptions:
+        folders[name] = [os.path.join(args.imagenet_c, name, str(number)) for number in range(1, 6)]
+    missing = [path for name in corruptions for path in folders[name] if not os.path.isdir(path)]
+    if missing or not folders:
+        raise InputError(f'nothing to measure: no {(missing or ["--imagenet_c, --imagenet_a"])[0]}')
     device = distributed.start(args.device)
     model, settings = engine_classify.load_classifier(args, device)
     autocast, _ = engine.mixed_precision(args.amp, device)
@@ -71,38 +67,20 @@ def main(args):
         values, _ = engine_classify.evaluate(model, loader, autocast, source.classes, index=index)
         return values['val_top1']
 
-    results = {'checkpoint': args.init_from}
-    for name, title in SETS.items():
-        if getattr(args, name):
-            results[title] = {'top1': top1(getattr(args, name))}
-    if severities:
-        errors = {
-            name: [100 - top1(folder) for folder in folders] for name, folders in severities.items()
-        }
+    found = {name: [top1(path) for path in paths] for name, paths in folders.items()}
+    results = {title: {'top1': found[title][0]} for title in SETS.values() if title in found}
+    if corruptions:
+        errors = {name: [100 - value for value in found[name]] for name in corruptions}
         results['ImageNet-C'] = corruption_errors(errors)
     if distributed.is_first():
         table = format_table(results)
         print(table)
         with as_input_error():
             with open(f'{args.out}.json', 'w') as file:
-                json.dump(results, file, indent=2)
+                json.dump({'checkpoint': args.init_from} | results, file, indent=2)
             with open(f'{args.out}.md', 'w') as file:
                 file.write(table + '\n')
     distributed.stop()
-
-
-def find_severities(root):
-    """{corruption: folders of its five severities}. Raises InputError if one is missing."""
-    with as_input_error():
-        corruptions = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    folders = {
-        name: [os.path.join(root, name, str(severity)) for severity in SEVERITIES]
-        for name in corruptions
-    }
-    missing = [path for paths in folders.values() for path in paths if not os.path.isdir(path)]
-    if missing or not folders:
-        raise InputError(f'{root}: no {missing[0] if missing else "folder of a corruption"}')
-    return folders
 
 
 def corruption_errors(errors):
@@ -129,20 +107,15 @@ def corruption_errors(errors):
 
 def format_table(results):
     """A Markdown table of what main measured."""
-    rows = ['| | |', '|---|---|']
-    for title in SETS.values():
-        if title in results:
-            rows.append(f'| {title}, top-1 | {results[title]["top1"]:.2f} % |')
-    corrupted = results.get('ImageNet-C')
-    if corrupted:
-        count = len(corrupted['counted'])
+    rows = {f'{name}, top-1': part['top1'] for name, part in results.items() if 'top1' in part}
+    if 'ImageNet-C' in results:
+        corrupted = results['ImageNet-C']
         if 'mce' in corrupted:
-            rows.append(f'| mean corruption error, {count} of 15 | {corrupted["mce"]:.2f} % |')
-        rows.append(f'| mean error, not normalised | {corrupted["mean_error"]:.2f} % |')
+            rows[f'mean corruption error, {len(corrupted["counted"])} of 15'] = corrupted['mce']
+        rows['mean error, not normalised'] = corrupted['mean_error']
         for name, error in corrupted['errors'].items():
-            extra = '' if name in corrupted['counted'] else ' (extra)'
-            rows.append(f'| {name}{extra}, error | {error:.2f} % |')
-    return '\n'.join(rows)
+            rows[f'{name}{"" if name in corrupted["counted"] else " (extra)"}, error'] = error
+    return '\n'.join(['| | |', '|---|---|', *(f'| {k} | {v:.2f} % |' for k, v in rows.items())])
 
 
 if __name__ == '__main__':

@@ -29,13 +29,9 @@ from util.weights import load_encoder, load_model, random_encoder
 
 
 @torch.no_grad()
-def block_features(encoder, imgs, batch_size=64):
+def block_features(encoder, imgs):
     """The patch tokens after each block: a list of (N, D, h, w), of imgs (N, C, H, W)."""
-    chunks = [
-        encoder.forward_intermediates(chunk, intermediates_only=True)
-        for chunk in imgs.split(batch_size)
-    ]
-    return [torch.cat(parts) for parts in zip(*chunks)]
+    return encoder.forward_intermediates(imgs, intermediates_only=True)
 
 
 def relative_log_amplitude(maps):
@@ -68,8 +64,7 @@ def spectrum_figure(features):
         axes.set(title=title, xlabel='frequency / π', ylabel='relative log amplitude')
         last.plot([curve[-1] for curve in curves], 'o-', markersize=3, label=title)
     last.set(title='at the highest frequency', xlabel='block')
-    last.xaxis.get_major_locator().set_params(integer=True)
-    for axes in (*panels, last):
+    for axes in figure.axes:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7, ncols=1 if axes is last else 3)
     return figure
@@ -91,12 +86,12 @@ def attention(encoder, imgs):
     for block in encoder.blocks:
         block.attn.fused_attn = False  # the fused kernel has no weights to show
     maps = AttentionExtract(encoder, method='hook')(imgs)  # a (N, heads, 1+L, 1+L) per block
-    maps = [maps[f'blocks.{index}.attn.attn_drop'] for index in range(len(encoder.blocks))]
     grid = encoder.patch_embed.grid_size
-    rollout = identity = torch.eye(maps[0].shape[-1], device=imgs.device)
-    for weights in maps:
+    rollout = identity = torch.eye(1 + encoder.patch_embed.num_patches, device=imgs.device)
+    for index in range(len(encoder.blocks)):
+        weights = maps[f'blocks.{index}.attn.attn_drop']
         rollout = (weights.mean(1) + identity) / 2 @ rollout
-    return maps[-1][:, :, 0, 1:].unflatten(-1, grid), rollout[:, 0, 1:].unflatten(-1, grid)
+    return weights[:, :, 0, 1:].unflatten(-1, grid), rollout[:, 0, 1:].unflatten(-1, grid)
 
 
 def attention_figure(encoder, imgs, statistics):
@@ -126,33 +121,36 @@ def read_images(paths, settings, most=None):
 
     most: images of a folder, spread over it. Raises InputError if one cannot be read.
     """
-    options = {
-        key: settings.args[key] for key in {'background', 'max_value'} & settings.args.keys()
-    }
+    recorded = {'background', 'max_value'} & settings.args.keys()
+    options = {name: settings.args[name] for name in recorded}
     transform, in_chans = centre_transform(settings.sizes['img_size']), settings.sizes['in_chans']
     images = [transform(read_image(path, in_chans, **options)) for path in image_paths(paths, most)]
     return torch.stack([normalise(image, settings.mean, settings.std) for image in images])
 
 
-def draw_reconstruction(args):
-    model, settings = load_model(args.checkpoint[0])
+def draw(args):
+    """The figure that the arguments ask for."""
+    if args.figure == 'spectrum':
+        return draw_spectrum(args)
+    load = load_model if args.figure == 'reconstruct' else load_encoder
+    model, settings = load(args.checkpoint[0])
+    imgs, statistics = read_images(args.images, settings, most=8), (settings.mean, settings.std)
+    if args.figure == 'attention':
+        return attention_figure(model, imgs, statistics)
     if args.norm_pix_loss is not None:
         model.norm_pix_loss = args.norm_pix_loss
-    imgs = read_images(args.images, settings, most=8)
     draws = torch.Generator().manual_seed(args.seed)
     noise = torch.rand(len(imgs), model.patch_embed.num_patches, generator=draws)
     mask_ratio = args.mask_ratio or settings.args.get('mask_ratio') or 0.75
-    return reconstruction_figure(model, imgs, (settings.mean, settings.std), mask_ratio, noise)
+    return reconstruction_figure(model, imgs, statistics, mask_ratio, noise)
 
 
 def draw_spectrum(args):
-    paths = [os.path.abspath(path) for path in args.checkpoint]
-    shared = os.path.commonpath([os.path.dirname(path) for path in paths])
-    titles = [os.path.relpath(path, shared) for path in paths]
-    encoders = dict(zip(titles, map(load_encoder, args.checkpoint)))
+    shared = os.path.commonpath([os.path.abspath(os.path.dirname(p)) for p in args.checkpoint])
+    encoders = {os.path.relpath(path, shared): load_encoder(path) for path in args.checkpoint}
     if args.random:
         torch.manual_seed(args.seed)
-        _, settings = encoders[titles[0]]
+        _, settings = next(iter(encoders.values()))
         encoders['random weights'] = random_encoder(settings.sizes), settings
     features = {}
     for title, (encoder, settings) in encoders.items():
@@ -160,23 +158,10 @@ def draw_spectrum(args):
     return spectrum_figure(features)
 
 
-def draw_attention(args):
-    encoder, settings = load_encoder(args.checkpoint[0])
-    imgs = read_images(args.images, settings, most=6)
-    return attention_figure(encoder, imgs, (settings.mean, settings.std))
-
-
-FIGURES = {
-    'reconstruct': draw_reconstruction,
-    'spectrum': draw_spectrum,
-    'attention': draw_attention,
-}
-
-
 def get_parser():
     parser = ArgumentParser(__doc__, usage='%(prog)s FIGURE CHECKPOINT ... --images IMAGE ...')
     add = parser.add_argument
-    add('figure', choices=list(FIGURES))
+    add('figure', choices=['reconstruct', 'spectrum', 'attention'])
     add('checkpoint', nargs='+', help='spectrum takes several')
     add('--images', nargs='+', required=True, metavar='IMAGE', help='files, or folders of them')
     add('--out', help='(default: FIGURE.png in the folder of the checkpoint)')
@@ -191,13 +176,13 @@ def get_parser():
 def main(args):
     if len(args.checkpoint) > 1 and args.figure != 'spectrum':
         raise InputError(f'{args.figure} takes one checkpoint')
-    figure = FIGURES[args.figure](args)
-    folder = args.checkpoint[0]
-    folder = folder if os.path.isdir(folder) else os.path.dirname(folder)
-    out = args.out or os.path.join(folder if os.path.isdir(folder) else '', f'{args.figure}.png')
-    with as_input_error(out):
-        figure.savefig(out)
-    print(f'wrote {out}')
+    figure = draw(args)
+    if args.out is None:
+        folders = args.checkpoint[0], os.path.dirname(args.checkpoint[0])
+        args.out = os.path.join(next(filter(os.path.isdir, folders), ''), f'{args.figure}.png')
+    with as_input_error(args.out):
+        figure.savefig(args.out)
+    print(f'wrote {args.out}')
 
 
 if __name__ == '__main__':
