@@ -11,8 +11,6 @@ The model is UperNet (models_upernet.py); --data_path holds images/ and masks/
 
 import argparse
 import dataclasses
-import os
-import sys
 from functools import partial
 from itertools import zip_longest
 
@@ -22,9 +20,8 @@ import engine
 from models_mff import ENCODER, MODELS
 from models_upernet import UperNet, default_levels
 from util import args as flags
-from util import data, distributed, optim, segmentation, sources, transforms, weights
+from util import data, distributed, optim, segmentation, sources, weights
 from util.errors import InputError, as_input_error
-from util.images import read_image
 
 
 def get_parser():
@@ -45,48 +42,73 @@ def get_parser():
     add('--ignore_label', type=number(int, 0, 255), help='in masks, to ignore (default: 255)')
     add('--total_steps', type=count, help='length of the training, instead of --epochs')
     add('--warmup_steps', type=number(int, 0), help='instead of --warmup_epochs')
-    decay = 'rate of a block over that of the next'
-    add('--layer_decay', type=number(float, 0, 1), default=0.65, help=decay)
+    add('--layer_decay', type=number(float, 0, 1), default=0.65, help='rate over the next block')
     add('--drop_path', type=number(float, 0, 0.99), default=0.1, help='rate at the last block')
     add('--classifier_std', type=real, default=0.01, help="of the classifiers' first weights")
     add('--grad_checkpointing', action=boolean, default=False, help='less memory, more time')
     add = parser.add_argument_group('evaluation and prediction').add_argument
     add('--eval', action='store_true', help='only evaluate the segmenter of --init_from')
     add('--predict', nargs='+', metavar='PATH', help='only segment images, by --init_from')
-    add('--stride', action=flags.ImageSize, type=count, nargs='+', help='of windows (2/3 crop)')
     add('--scales', type=number(float, 0.1), nargs='+', default=[1.0], help='to average over')
     add('--flip', action='store_true', help='average with the mirrored image')
     return parser
 
 
 def main(args):
-    # --- Data, model ------------------------------------------------------------------------------
+    # --- Data -------------------------------------------------------------------------------------
     device = distributed.start(args.device)
     torch.manual_seed(args.seed)
     file = weights.read(args.init_from) if args.init_from else None
-    settings, options, segment = settle(args, file)
-    sizes = settings.sizes
+    settings = follow(args, file)
+    sizes, classes, only_use = settings.sizes, settings.classes, bool(args.eval or args.predict)
+    if only_use and classes is None:
+        raise InputError('--eval and --predict need a segmenter: --init_from CHECKPOINT')
+    if not args.predict:
+        pairs = partial(segmentation.open_pairs, args=args, sizes=sizes, classes=classes)
+        train_source, val_source = sources.open_sources(
+            args, sizes, only_val=args.eval, opener=pairs
+        )
+        if val_source is None:
+            raise InputError(f'{args.data_path}: no images/val; --val_path, or --val_share 0.1')
+        classes = val_source.classes
+        expected = file.get('classes', classes) if args.eval else train_source.classes
+        different = [pair for pair in zip_longest(classes, expected) if pair[0] != pair[1]]
+        if different:
+            raise InputError('the class {} to evaluate is {} in training'.format(*different[0]))
+
+    # --- Model ------------------------------------------------------------------------------------
+    heads = {'num_classes': len(classes), 'classifier_std': args.classifier_std}
+    with as_input_error():
+        model = UperNet(**sizes, **heads, drop_path=args.drop_path)
+    model.encoder.set_grad_checkpointing(args.grad_checkpointing)
+    origin = weights.load(model, file, only_use, classes) if file else 'random weights'
+    origin = '\n'.join([origin, *settings.notes])
+    at_least = 2  # images on a device, for BatchNorm
+    if device.type == 'cuda' and distributed.world()[1] > 1:
+        model, at_least = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model), 1
+    model.to(device)
+    autocast, _ = engine.mixed_precision(args.amp, device)
+    short = min(sizes['img_size'])
+    scale = args.scale or (4 * short, short)
+
+    @torch.no_grad()
+    def segment(imgs, size):
+        with autocast():
+            return segmentation.segment(model.eval(), imgs, size, scale, args.scales, args.flip)
+
     if args.predict:
-        return predict(args, device, file, settings, segment)
-    pairs = partial(segmentation.open_pairs, args=options, sizes=sizes, classes=settings.classes)
-    train_source, val_source = sources.open_sources(
-        options, sizes, only_val=args.eval, opener=pairs
-    )
-    if val_source is None:
-        raise InputError(f'{args.data_path}: no images/val; give --val_path, or --val_share 0.1')
-    classes = val_source.classes
+        print(origin)
+        return segmentation.predict(args, device, settings, segment)
     val_set = segmentation.PairSamples(val_source, transform=None)
     val_loader = engine.evaluation_loader(args, device, val_set, settings, 1)  # any size
     if args.eval:
-        return report(args, device, file, settings, segment, val_loader)
-    check_classes(train_source.classes, 'the training images', classes)
-    model, origin = build(args, device, file, settings, classes)
-    crop = {'size': sizes['img_size'], 'scale': options.scale, 'ratios': args.scale_range}
-    augment = partial(segmentation.transform_pair, **crop)
-    train_set = segmentation.PairSamples(train_source, augment, seed=args.seed)
+        values = evaluate(val_loader, segment)
+        statistics = f'on {len(val_set)} images, mean {settings.mean}, std {settings.std}'
+        sources.say(f'{origin}\n{table(values)}\n{statistics}')
+        return distributed.stop()
 
     # --- Optimiser, and the checkpoint to resume --------------------------------------------------
-    schedule = make_schedule(args, len(train_source), device)
+    schedule = make_schedule(args, len(train_source), at_least)
     groups = optim.param_groups(model, args.weight_decay, args.layer_decay)
     optimizer = optim.create_adamw(args, groups, schedule.lr, device)
     run = engine.Run(args, schedule, settings, model, optimizer, device, classes, True)
@@ -94,13 +116,16 @@ def main(args):
         f'{len(classes)} classes: {sources.shorten(classes)}; {len(train_source)} training and '
         f'{len(val_source)} validation images\nblocks {sizes["levels"]}; {origin}'
     )
+    crop = {'size': sizes['img_size'], 'scale': scale, 'ratios': args.scale_range}
+    augment = partial(segmentation.transform_pair, **crop)
+    train_set = segmentation.PairSamples(train_source, augment, seed=args.seed)
     keys = data.BatchStream(schedule, args.seed, run.step)
     loader = data.Loader(train_set, keys, device, settings, args.num_workers)
 
     # --- Train ------------------------------------------------------------------------------------
     def loss_fn(network, imgs, masks):
         imgs, masks = segmentation.fill_padding(imgs, masks)
-        with run.autocast():
+        with autocast():
             logits, aux_logits = network(imgs, resize=False)
         return segmentation.segmentation_loss(logits.float(), aux_logits.float(), masks)
 
@@ -108,68 +133,42 @@ def main(args):
         engine.train_epoch(run, loss_fn, loader, epoch)
         best = None
         if run.is_due(epoch, args.eval_every):
-            values = evaluate(model, val_loader, segment, run.autocast, run)
+            distributed.share_buffers(model)
+            values = evaluate(val_loader, segment, run)
             run.log.entry(run.step, values)
             best = {'best_miou': values['val_miou']}
         run.saver.end_epoch(epoch, run.step, best)
-    run.log.say(summary(values, classes))
+    run.log.say(table(values))
     distributed.stop()
 
 
-def settle(args, file):
-    """What follows from flags, else from a segmenter of --init_from, else is usual.
+def follow(args, file):
+    """Settings with UperNet's sizes, and the classes of the segmenter that file is, or None.
 
-    Returns:
-        settings: with the sizes of UperNet, and the classes of the segmenter, or None.
-        options: args, with these: levels, scale, what numbers in masks mean, what is held out.
-        segment: (model, imgs, size) -> classes of the pixels, as segmentation.segment.
+    Flags that are not given become what they were for the segmenter.
     """
-    settings, classes, then = weights.settings_of(args, file), None, {}
-    head = file and file['model'].get('classifier.1.weight')
-    if head is not None:
-        usual = segmentation.ADE20K if len(head) == 150 else list(map(str, range(len(head))))
+    settings, state, classes = weights.settings_of(args, file), file['model'] if file else {}, None
+    if 'classifier.1.weight' in state:
+        num_classes, channels = state['classifier.1.weight'].shape[:2]
+        usual = segmentation.ADE20K if num_classes == 150 else list(map(str, range(num_classes)))
         classes = settings.classes or usual  # mmsegmentation records none
-        aux_channels = file['model']['aux_head.2.weight'].shape[1]
-        then = settings.args | {'channels': head.shape[1], 'aux_channels': aux_channels}
-    names = 'levels', 'channels', 'aux_channels', 'scale', 'ignore_label', 'reduce_zero_label'
-    unset = {name: then.get(name) for name in names if getattr(args, name) is None}
-    if args.eval and not args.val_share and args.data_path == then.get('data_path'):
-        unset['val_share'] = then.get('val_share', 0.0)  # what was held out, not all
-    options = argparse.Namespace(**vars(args) | unset)
+        aux_channels = state['aux_head.2.weight'].shape[1]
+        then = settings.args | {'channels': channels, 'aux_channels': aux_channels}
+        names = 'levels channels aux_channels scale ignore_label reduce_zero_label max_value'
+        for name in names.split():
+            if getattr(args, name) is None:
+                setattr(args, name, then.get(name))
+        if args.eval and not args.val_share and args.data_path == then.get('data_path'):
+            args.val_share = then.get('val_share', 0.0)  # what was held out, not all
     sizes = {name: settings.sizes[name] for name in ENCODER}
-    sizes['levels'] = tuple(options.levels or default_levels(sizes['depth']))
-    sizes['channels'] = options.channels or sizes['embed_dim']
-    sizes['aux_channels'] = options.aux_channels or min(256, sizes['channels'])
-    size = sizes['img_size']
-    options.scale = sorted(options.scale or (4 * min(size), min(size)), reverse=True)
-    stride = args.stride or [max(1, side * 2 // 3) for side in size]
-    if any(step > side for step, side in zip(stride, size)):
-        raise InputError(f'--stride {stride} leaves gaps between windows of {size}')
-    how = {'stride': stride, 'scale': options.scale, 'ratios': args.scales, 'flip': args.flip}
-    segment = partial(segmentation.segment, window=size, **how)
-    return dataclasses.replace(settings, sizes=sizes, classes=classes), options, segment
+    sizes['levels'] = tuple(args.levels or default_levels(sizes['depth']))
+    sizes['channels'] = args.channels or sizes['embed_dim']
+    sizes['aux_channels'] = args.aux_channels or min(256, sizes['channels'])
+    return dataclasses.replace(settings, sizes=sizes, classes=classes)
 
 
-def build(args, device, file, settings, classes, complete=False):
-    """(UperNet, lines on its weights); complete: all of them are the file's. Raises InputError."""
-    heads = {'num_classes': len(classes), 'classifier_std': args.classifier_std}
-    with as_input_error():
-        model = UperNet(**settings.sizes, **heads, drop_path=args.drop_path)
-    model.encoder.set_grad_checkpointing(args.grad_checkpointing)
-    origin = weights.load(model, file, complete, classes) if file else 'random weights'
-    if shares_batch(device):
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return model.to(device), '\n'.join([origin, *settings.notes])
-
-
-def shares_batch(device):
-    """Whether BatchNorm averages over the images of all devices."""
-    return device.type == 'cuda' and distributed.world()[1] > 1
-
-
-def make_schedule(args, num_images, device):
+def make_schedule(args, num_images, at_least):
     """By --total_steps and --warmup_steps; the rate falls linearly. Raises InputError."""
-    at_least = 1 if shares_batch(device) else 2
     schedule = optim.make_schedule(args, num_images, usual_batch=16, at_least=at_least)
     total, warmup = args.total_steps or schedule.total_steps, args.warmup_steps
     if warmup is None:
@@ -178,104 +177,24 @@ def make_schedule(args, num_images, device):
         raise InputError(f'{warmup} steps of warm-up are more than {total} in all')
     if schedule.accumulation > 1 or schedule.batch_size < at_least:
         raise InputError(
-            f'BatchNorm needs the images of a step at once, {at_least} or more on a device, not '
-            f'{schedule.batch_size}; change --total_batch_size, or use --grad_checkpointing'
+            f'BatchNorm needs all images of a step at once, {at_least} or more on a device, not '
+            f'{schedule.batch_size}: see --total_batch_size, --batch_size, --grad_checkpointing'
         )
     changes = {'total_steps': total, 'warmup_steps': warmup, 'decay': 'linear'}
     return dataclasses.replace(schedule, **changes, warmup_from=1e-6)
 
 
-# --- Evaluation and prediction --------------------------------------------------------------------
-
-
-def check_classes(ours, whose, classes):
-    """Raise InputError unless these are the classes, in the same order."""
-    pairs = enumerate(zip_longest(ours, classes))
-    different = [f'number {i} is {a} there, and {b} here' for i, (a, b) in pairs if a != b]
-    if different:
-        raise InputError(f'the classes are not those of {whose}: {different[0]}')
-
-
-@torch.no_grad()
-def evaluate(model, loader, segment, autocast, run=None):
-    """{'val_miou', 'val_macc', 'val_pixel_acc', 'val_iou/CLASS', ...} in percent."""
-    model.eval()
-    distributed.share_buffers(model)
-    classes = loader.samples.source.classes
-    confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
+def evaluate(loader, segment, run=None):
+    """Scores over all images of all processes, as segmentation.scores."""
+    classes, confusion = loader.samples.source.classes, 0
     for imgs, masks in engine.evaluation_batches(loader, run):
-        with autocast():
-            predicted = segment(model, imgs, size=masks.shape[-2:])
-        confusion += segmentation.confusion_matrix(predicted, masks, len(classes)).cpu()
-    result = segmentation.scores(sum(distributed.gather(confusion)))
-    values = {f'val_{name}': result[name] for name in ('miou', 'macc', 'pixel_acc')}
-    return values | {f'val_iou/{name}': iou for name, iou in zip(classes, result['iou'].tolist())}
+        predicted = segment(imgs, size=masks.shape[-2:])
+        confusion = confusion + segmentation.confusion_matrix(predicted, masks, len(classes)).cpu()
+    return segmentation.scores(sum(distributed.gather(confusion)), classes)
 
 
-def summary(values, classes):
-    """The lines to print of an evaluation."""
-    ious = [values[f'val_iou/{name}'] for name in classes]
-    lines = [f'{name:>24} {iou:6.2f}' for name, iou in zip(classes, ious)]
-    names = {'val_miou': 'mIoU', 'val_macc': 'mean accuracy', 'val_pixel_acc': 'pixel accuracy'}
-    lines.append('  '.join(f'{names[key]} {values[key]:.2f} %' for key in names))
-    seen = sum(iou == iou for iou in ious)
-    if seen < len(ious):
-        lines.append(f'over {seen} of {len(ious)} classes: nan is neither there nor predicted')
-    return '\n'.join(lines)
-
-
-def report(args, device, file, settings, segment, loader):
-    """--eval: evaluate the segmenter of --init_from, and print a table."""
-    if settings.classes is None:
-        raise InputError('--eval needs a segmenter: --init_from CHECKPOINT')
-    classes = loader.samples.source.classes
-    known = settings.classes if 'classes' in file else classes[: len(settings.classes)]
-    check_classes(known, 'the segmenter', classes)
-    model, origin = build(args, device, file, settings, classes, complete=True)
-    autocast, _ = engine.mixed_precision(args.amp, device)
-    values = evaluate(model, loader, segment, autocast)
-    if distributed.is_first():
-        print(f'{origin}\nmean {settings.mean}, std {settings.std}\n{summary(values, classes)}')
-        print(f'on {len(loader.samples)} images')
-    distributed.stop()
-
-
-@torch.no_grad()
-def predict(args, device, file, settings, segment):
-    """Write NAME.png, the class of every pixel, and NAME_overlay.png; print shares of classes.
-
-    Raises SystemExit(1) at the end if an image cannot be read.
-    """
-    classes, folder = settings.classes, os.path.join(args.output_dir, 'predictions')
-    if classes is None:
-        raise InputError('--predict needs a segmenter: --init_from CHECKPOINT')
-    model, origin = build(args, device, file, settings, classes, complete=True)
-    print(origin)
-    autocast, _ = engine.mixed_precision(args.amp, device)
-    with as_input_error(folder):
-        os.makedirs(folder, exist_ok=True)
-    written, code = set(), 0
-    for path in sources.image_paths(args.predict):
-        try:
-            image = read_image(path, settings.sizes['in_chans'], args.background, args.max_value)
-        except InputError as error:
-            print(error, file=sys.stderr)
-            code = 1
-            continue
-        imgs = transforms.normalise(image[None].to(device), settings.mean, settings.std)
-        with autocast():
-            mask = segment(model.eval(), imgs, size=image.shape[-2:])[0].cpu()
-        name = os.path.splitext(os.path.basename(path))[0]
-        while {name, f'{name}_overlay'} & written:  # of the same name in another folder
-            name += '_'
-        written |= {name, f'{name}_overlay'}
-        segmentation.indexed(mask).save(os.path.join(folder, f'{name}.png'))
-        segmentation.overlay(image, mask).save(os.path.join(folder, f'{name}_overlay.png'))
-        print(f'{path}: {folder}/{name}.png')
-        shares = mask.flatten().bincount() / mask.numel()
-        for number in shares.argsort(descending=True)[: (shares > 0).sum()].tolist():
-            print(f'{classes[number]:>24} {shares[number]:7.2%}')
-    raise SystemExit(code)
+def table(values):
+    return '\n'.join(f'{name:>28} {value:8.2f}' for name, value in values.items())
 
 
 if __name__ == '__main__':

@@ -18,9 +18,10 @@ every number with mmsegmentation 1.2.2 (configs/mae), whose recipe is that of MF
                            3x3, classifier -> logits at 1/4 (patch 16), enlarged to the image
 
 An auxiliary head (3x3, classifier) on the third level, before the neck, is trained along with it.
-
 Shapes: N images, D encoder width, C channels of the head, K classes, h x w patches.
 """
+
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -72,10 +73,10 @@ class UperNet(nn.Module):
         check_image_size(img_size, patch_size)
         check_width(embed_dim, num_heads)
         check_layers('levels', levels, depth)
-        if len(levels) != 4:
-            raise ValueError(f'levels {list(levels)} must be four, one for each scale')
-        if min(img_size) < 2 * patch_size:  # the pyramid halves the patches
-            raise ValueError(f'image size {img_size} is less than two patches of {patch_size}')
+        if len(levels) != 4 or min(img_size) < 2 * patch_size:  # the pyramid halves the patches
+            raise ValueError(
+                f'levels {list(levels)} must be four, and {img_size} two patches of {patch_size}'
+            )
 
         # mmsegmentation's MAE backbone. It starts equal to the plain ViT: biases 0, layer scales 1.
         self.encoder = Beit(
@@ -91,12 +92,12 @@ class UperNet(nn.Module):
             use_rel_pos_bias=True,
             drop_path_rate=drop_path,
         )
-        self.levels = tuple(levels)
+        self.img_size, self.levels = img_size, tuple(levels)
         self.encoder.prune_intermediate_layers(self.levels, prune_norm=True)  # raw block outputs
 
-        width, norm = embed_dim, nn.BatchNorm2d(embed_dim)
-        twice = nn.Sequential(double(width), norm, nn.GELU(), double(width))
-        self.neck = nn.ModuleList([twice, double(width), nn.Identity(), nn.MaxPool2d(2)])
+        double = partial(nn.ConvTranspose2d, embed_dim, embed_dim, kernel_size=2, stride=2)
+        twice = nn.Sequential(double(), nn.BatchNorm2d(embed_dim), nn.GELU(), double())
+        self.neck = nn.ModuleList([twice, double(), nn.Identity(), nn.MaxPool2d(2)])
         self.pools = nn.ModuleList(
             nn.Sequential(nn.AdaptiveAvgPool2d(cells), ConvNormReLU(embed_dim, channels, 1))
             for cells in (1, 2, 3, 6)
@@ -124,8 +125,8 @@ class UperNet(nn.Module):
             nn.init.zeros_(classifier.bias)
 
     def no_weight_decay(self):
-        """Besides norms and biases."""
-        return set()  # the reference's rule names 'pos_embed', but its is 'backbone.pos_embed'
+        """Only norms and biases: the reference's rule misses 'backbone.pos_embed'."""
+        return set()
 
     def group_matcher(self, coarse=False):
         """Layers, for timm's layer decay: embeddings, each block, and all the rest."""
@@ -135,8 +136,7 @@ class UperNet(nn.Module):
     def forward(self, imgs, resize=True):
         """imgs (N, 3, H, W) -> logits (N, K, H, W); in training mode (logits, auxiliary logits).
 
-        resize=False leaves both at the heads' own resolutions, for the loss: 150 classes of a whole
-        batch at full size take gigabytes.
+        resize=False leaves both at the heads' resolutions: 150 classes at full size take gigabytes.
         """
         blocks = self.encoder.forward_intermediates(imgs, self.levels, intermediates_only=True)
         outputs = [self.forward_head([scale(x) for scale, x in zip(self.neck, blocks)])]
@@ -159,11 +159,6 @@ class UperNet(nn.Module):
         return self.classifier(self.fuse(features))
 
 
-def double(channels):
-    """Twice the height and width."""
-    return nn.ConvTranspose2d(channels, channels, kernel_size=2, stride=2)
-
-
 def enlarge(x, like):
     """x (N, C, ...) at the height and width of `like`, bilinearly."""
     return interpolate(x, like.shape[-2:], mode='bilinear', align_corners=False)
@@ -171,7 +166,5 @@ def enlarge(x, like):
 
 def default_levels(depth):
     """At a third, half, two thirds and the end: (3, 5, 7, 11) of 12, (7, 11, 15, 23) of 24."""
-    levels = [max(0, depth // 3 - 1)]
-    for index in (depth // 2 - 1, 2 * depth // 3 - 1, depth - 1):
-        levels.append(max(index, levels[-1] + 1))
-    return tuple(levels)
+    ends = depth // 3, depth // 2, 2 * depth // 3, depth
+    return tuple(max(end - 1, place) for place, end in enumerate(ends))

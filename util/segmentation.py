@@ -6,26 +6,28 @@ IGNORE where a pixel counts for nothing.
 """
 
 import contextlib
+import itertools
 import os
 import random
+import sys
 from functools import partial
 
 import numpy as np
 import PIL.Image
 import torch
-from matplotlib.colors import hsv_to_rgb
 from torch.nn.functional import cross_entropy, interpolate, pad
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.v2 import InterpolationMode, functional
 
 from util import data
-from util.errors import InputError
-from util.files import find_splits, list_files, read_file
-from util.images import EXTENSIONS
+from util.errors import InputError, as_input_error
+from util.files import find_splits, image_paths, list_files, read_file
+from util.images import EXTENSIONS, read_image
 from util.shapes import Shapes
 from util.sources import Images, decode_options
+from util.transforms import normalise
 
-IGNORE, PADDING = 255, -1  # in masks: counts for nothing; is not part of the image
+IGNORE, PADDING, WRONG = 255, -1, 256  # in masks: counts for nothing; beside the image; no class
 AUX_WEIGHT = 0.4  # of the auxiliary head's loss
 CHUNK_BYTES = 256e6  # of enlarged logits at a time
 
@@ -58,31 +60,23 @@ def open_pairs(path, args, sizes, classes=None):
     """
     if path == 'shapes':
         return ShapePairs('train', sizes['img_size']), ShapePairs('val', sizes['img_size'])
-    folder = os.path.join(path or '', 'images')
+    folder, listed = (os.path.join(path or '', name) for name in ('images', 'classes.txt'))
     names = list_files(folder, EXTENSIONS)
-    classes = find_classes(path, args.num_classes) or classes
-    if not names or classes is None or len(classes) < 2:
+    if args.num_classes:
+        classes = list(map(str, range(args.num_classes)))
+    elif os.path.exists(listed):
+        with open(listed, encoding='utf-8-sig', errors='replace') as file:
+            classes = [name.strip() for name in file.read().strip().splitlines()]
+    elif 'ADEChallengeData2016' in os.path.abspath(path):
+        classes = ADE20K
+    if not names or not classes or len(set(classes) - {''}) < max(2, len(classes)):
         raise InputError(
-            f'{folder}: {len(names)} images, of the classes {classes}; name two or more on the '
-            f'lines of {path}/classes.txt, or give --num_classes N'
+            f'{folder}: {len(names)} images, of the classes {classes}; name two or more, each on '
+            f'a line of its own, in {listed}, or give --num_classes N'
         )
     splits = find_splits(folder, names, labelled=False)
     pairs = [Pairs(path, names[part], classes, args, sizes) for _, part in splits]
     return (*pairs, None)[:2]
-
-
-def find_classes(root, num_classes):
-    """Their names: numbers, those in classes.txt, one on each line, or ADE20K's; else None."""
-    path = os.path.join(root, 'classes.txt')
-    if num_classes:
-        return list(map(str, range(num_classes)))
-    if not os.path.exists(path):
-        return ADE20K if 'ADEChallengeData2016' in os.path.abspath(root) else None
-    with open(path, encoding='utf-8-sig', errors='replace') as file:
-        names = [name.strip() for name in file.read().strip().splitlines()]
-    if '' in names or len(set(names)) < len(names):
-        raise InputError(f'{path}: an empty line or a name twice; each line names one class')
-    return names
 
 
 class Pairs(Images):
@@ -102,29 +96,30 @@ class Pairs(Images):
         if alone:
             missing = os.path.join(self.folder, os.fsdecode(min(alone)))
             raise InputError(f'{len(alone)} images lack their mask, such as {missing}')
-        reduce_zero = args.reduce_zero_label
-        reduce_zero = classes == ADE20K if reduce_zero is None else reduce_zero
-        self.table = number_table(args.ignore_label, reduce_zero)
-        self.check_numbers(args.ignore_label)
+        zero, ignore = args.reduce_zero_label, args.ignore_label
+        zero = classes == ADE20K if zero is None else zero
+        self.table = np.arange(2**16) - zero  # number in a PNG -> class, IGNORE or WRONG
+        self.table[self.table >= len(classes)] = WRONG
+        self.table[:zero] = self.table[IGNORE if ignore is None else ignore] = IGNORE
+        self.check_numbers(ignore)
 
-    def numbers(self, index):
-        """(path, what the mask file holds, (H, W) uint8). Raises ValueError."""
+    def read_mask(self, index):
+        """(path, what the mask's file holds: an array of numbers). Raises ValueError."""
         path = os.path.join(self.folder, os.fsdecode(self.masks[index]))
         try:
             with PIL.Image.open(path) as image:
-                if image.mode not in ('1', 'L', 'P'):
-                    raise ValueError(f'a mask has class numbers of 8 bits, not mode {image.mode}')
-                return path, np.array(image).astype(np.uint8)
+                return path, np.array(image).astype(int)
         except Exception as error:  # decoders raise many kinds of error for a damaged file
             raise ValueError(f'{path}: {error}') from None
 
     def __getitem__(self, index):
-        image, (path, numbers) = super().__getitem__(index)[0], self.numbers(index)
-        mask = self.table[numbers]
-        if mask.shape != image.shape[1:]:
-            raise ValueError(f'{path}: {mask.shape}, but its image {tuple(image.shape[1:])} pixels')
-        if (mask[mask != IGNORE] >= len(self.classes)).any():
-            raise ValueError(f'{path}: class numbers beyond the {len(self.classes)} classes')
+        image, (path, numbers) = super().__getitem__(index)[0], self.read_mask(index)
+        mask, size = self.table[numbers], tuple(image.shape[1:])
+        if mask.shape != size or (mask == WRONG).any():
+            raise ValueError(
+                f'{path}: {mask.shape} numbers up to {numbers.max()}, for {size} pixels of '
+                f'{len(self.classes)} classes'
+            )
         return image, torch.from_numpy(mask.astype(np.uint8))
 
     def check_numbers(self, ignore, count=16):
@@ -132,14 +127,14 @@ class Pairs(Images):
         numbers = set()
         for index in range(0, len(self), -(-len(self) // count)):
             with contextlib.suppress(ValueError):  # an unreadable one; training counts these
-                numbers.update(np.unique(self.numbers(index)[1]).tolist())
-        classes = {number: self.table[number] for number in sorted(numbers)}
-        wrong = [number for number in classes if len(self.classes) <= classes[number] != IGNORE]
-        if ignore is None and IGNORE in numbers and len(set(classes.values())) < 3:
+                numbers.update(np.unique(self.read_mask(index)[1]).tolist())
+        found = {number: self.table[number] for number in sorted(numbers)}
+        wrong = [number for number in found if found[number] == WRONG]
+        if ignore is None and IGNORE in found and len(set(found.values())) < 3:
             wrong.append(IGNORE)  # as in masks of 0 and 255
         if wrong:
             raise InputError(
-                f'{self.folder}: some masks hold {list(classes)}; number the {len(self.classes)} '
+                f'{self.folder}: some masks hold {list(found)}; number the {len(self.classes)} '
                 f'classes from 0, and not as {wrong}; or say by --ignore_label N what to ignore, '
                 'or by --reduce_zero_label that classes count from 1'
             )
@@ -152,17 +147,6 @@ class ShapePairs(Shapes):
 
     def __getitem__(self, index):
         return self.picture_and_mask(index)
-
-
-def number_table(ignore=None, reduce_zero=False):
-    """(256,): number in a file -> class, or IGNORE. reduce_zero: 1 is the first class."""
-    table = np.arange(256)
-    if reduce_zero:
-        table = np.append(IGNORE, table[:-1])
-    elif ignore is not None:
-        table[IGNORE] = IGNORE + 1  # no class has that number
-    table[IGNORE if ignore is None else ignore] = IGNORE
-    return table.astype(np.int16)
 
 
 class PairSamples(data.Samples):
@@ -182,10 +166,7 @@ class PairSamples(data.Samples):
 def transform_pair(image, mask, size, scale, ratios=(0.5, 2.0)):
     """uint8 (C, h, w) and (h, w) -> (C, H, W) and int16 (H, W), PADDING beside the image.
 
-    What is beside the image has to become 0 after normalisation: fill_padding does it.
-
-    size: (H, W), of the crop. scale: (long, short) side that images are fitted into, times a random
-    number in the range of ratios.
+    size: (H, W), of the crop. ratios: range of a random factor of scale (fitted_size).
     """
     fitted = fitted_size(image.shape[-2:], scale, random.uniform(*ratios))
     image = functional.resize(image, fitted, antialias=False)  # as cv2, to one level
@@ -202,14 +183,14 @@ def transform_pair(image, mask, size, scale, ratios=(0.5, 2.0)):
 
 
 def fill_padding(imgs, masks):
-    """Normalised (N, C, H, W) with 0 beside the image, and masks (N, H, W) int64 with IGNORE."""
+    """Beside the image: 0 in normalised imgs (N, C, H, W), IGNORE in masks (N, H, W) -> int64."""
     beside = masks == PADDING
     return imgs.masked_fill(beside[:, None], 0.0), masks.masked_fill(beside, IGNORE).long()
 
 
 def fitted_size(size, scale, ratio=1.0):
-    """(height, width) of an image of this size, fitted into scale (long, short) * ratio."""
-    long, short = (int(side * ratio) for side in scale)
+    """(height, width) of an image of this size, fitted into scale (long and short side) * ratio."""
+    short, long = sorted(int(side * ratio) for side in scale)
     factor = min(long / max(size), short / min(size))
     return [max(1, int(side * factor + 0.5)) for side in size]
 
@@ -236,9 +217,9 @@ def photometric_distortion(image):
     mmsegmentation's contrast multiplies all pixels of an RGB image, as adjust_brightness does.
     """
     steps = [
-        lambda image: brighten(image, random.uniform(-32, 32)),
-        lambda image: shift_hsv(image, saturation=random.uniform(0.5, 1.5)),
-        lambda image: shift_hsv(image, hue=random.randint(-18, 17)),
+        lambda x: (x + random.uniform(-32, 32)).clamp(0, 255).to(torch.uint8),
+        lambda x: shift_hsv(x, saturation=random.uniform(0.5, 1.5)),
+        lambda x: shift_hsv(x, hue=random.randint(-18, 17)),
     ]
     place = 1 if random.random() < 0.5 else 3
     steps.insert(place, lambda x: functional.adjust_brightness(x, random.uniform(0.5, 1.5)))
@@ -246,11 +227,6 @@ def photometric_distortion(image):
         if random.random() < 0.5:
             image = step(image)
     return image
-
-
-def brighten(image, levels):
-    """Add to every pixel."""
-    return (image.float() + levels).clamp(0, 255).to(torch.uint8)
 
 
 def shift_hsv(image, saturation=1.0, hue=0):
@@ -301,21 +277,18 @@ def loss_sum(logits, masks):
 # --- Whole images ---------------------------------------------------------------------------------
 
 
-def segment(model, imgs, size, window, stride, scale, ratios=(1.0,), flip=False):
+def segment(model, imgs, size, scale, ratios=(1.0,), flip=False):
     """The class of every pixel: imgs (1, C, h, w) normalised -> (1, *size).
 
-    Args:
-        window, stride: (H, W), of the sliding window, which is the model's input.
-        scale: (long, short) side that images are fitted into.
-        ratios, flip: average the probabilities at several scales, and of the mirrored image.
+    Images are fitted into scale, as in fitted_size. The probabilities at several ratios and, with
+    flip, of the mirrored image are averaged.
     """
     maps = []  # of scales and mirror images: (1, K, H, w)
-    for ratio in ratios:
+    for ratio, mirrored in itertools.product(ratios, (False, True)[: 1 + flip]):
         fitted = fitted_size(imgs.shape[-2:], scale, ratio)
         resized = enlarge(imgs, fitted)
-        for mirrored in (False, True) if flip else (False,):
-            logits = slide(model, resized.flip(-1) if mirrored else resized, window, stride)
-            maps.append(enlarge(logits.flip(-1) if mirrored else logits, (size[0], fitted[1])))
+        logits = slide(model, resized.flip(-1) if mirrored else resized)
+        maps.append(enlarge(logits.flip(-1) if mirrored else logits, (size[0], fitted[1])))
     # Rows come first, then columns of a strip: 150 classes of a large photo would not fit.
     rows, strips = max(1, int(CHUNK_BYTES / (4 * maps[0].shape[1] * size[1]))), []
     for parts in zip(*(logits.split(rows, dim=2) for logits in maps)):
@@ -324,29 +297,28 @@ def segment(model, imgs, size, window, stride, scale, ratios=(1.0,), flip=False)
     return torch.cat(strips, dim=1)
 
 
-def slide(model, imgs, size, stride):
+def slide(model, imgs):
     """Logits of windows over imgs (1, C, h, w), averaged where they overlap -> (1, K, h, w) float.
 
-    The last window of a row ends with the image. An image that is smaller is padded with 0.
+    Windows have the size of the model's input, and two thirds of it lie between them; the last
+    of a row ends with the image. An image that is smaller is padded with 0.
     """
-    height, width = imgs.shape[-2:]
+    size, (height, width) = model.img_size, imgs.shape[-2:]
     imgs = pad(imgs, (0, max(0, size[1] - width), 0, max(0, size[0] - height)))
-    total, count = None, imgs.new_zeros(imgs.shape[-2:])
-    for top in starts(imgs.shape[-2], size[0], stride[0]):
-        for left in starts(imgs.shape[-1], size[1], stride[1]):
+    total = imgs.new_zeros(1, model.classifier[-1].out_channels, *imgs.shape[-2:])
+    count = imgs.new_zeros(imgs.shape[-2:])
+    for top in starts(imgs.shape[-2], size[0]):
+        for left in starts(imgs.shape[-1], size[1]):
             window = ..., slice(top, top + size[0]), slice(left, left + size[1])
-            logits = model(imgs[window]).float()
-            if total is None:
-                total = logits.new_zeros(1, logits.shape[1], *imgs.shape[-2:])
-            total[window] += logits
+            total[window] += model(imgs[window]).float()
             count[window] += 1
     return (total / count)[..., :height, :width]
 
 
-def starts(length, size, stride):
+def starts(length, size):
     """Where the windows along a side begin; the last one ends with the side."""
-    number = -(-(length - size) // stride) + 1
-    return [min(i * stride, length - size) for i in range(number)]
+    stride = max(1, 2 * size // 3)
+    return [min(start, length - size) for start in range(0, length - size + stride, stride)]
 
 
 # --- Scores ---------------------------------------------------------------------------------------
@@ -359,39 +331,57 @@ def confusion_matrix(predicted, masks, num_classes):
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
-def scores(confusion):
-    """{'miou', 'macc', 'pixel_acc', 'iou': (K,), 'acc': (K,)} in percent.
+def scores(confusion, classes):
+    """{'val_iou/CLASS', ..., 'val_miou', 'val_macc', 'val_pixel_acc', all in percent, and a count}.
 
     IoU is nan for a class that is neither there nor predicted, accuracy for one that is not there;
-    means leave nan out.
+    means leave nan out: mIoU is over val_classes_in_mean classes.
     """
-    confusion = confusion.double().cpu()
+    confusion = confusion.double()
     right, there, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
-    iou, acc = 100 * right / (there + predicted - right), 100 * right / there
-    return {
-        'miou': iou.nanmean().item(),
-        'macc': acc.nanmean().item(),
-        'pixel_acc': (100 * right.sum() / there.sum()).item(),
-        'iou': iou,
-        'acc': acc,
-    }
+    iou = 100 * right / (there + predicted - right)
+    values = {f'val_iou/{name}': value for name, value in zip(classes, iou.tolist())}
+    values['val_miou'] = iou.nanmean().item()
+    values['val_macc'] = (100 * right / there).nanmean().item()
+    values['val_pixel_acc'] = (100 * right.sum() / there.sum()).item()
+    return values | {'val_classes_in_mean': iou.isfinite().sum().item()}
 
 
 # --- Pictures -------------------------------------------------------------------------------------
 
-# (256, 3) uint8, a colour for each class, neighbours of distant hues, and white for IGNORE.
-HSV = [((0.6 + 0.61 * i) % 1, (0.4, 0.8)[i % 2], (0.5, 0.95, 0.75)[i % 3]) for i in range(IGNORE)]
-PALETTE = np.round(255 * hsv_to_rgb([*HSV, (0, 0, 1)])).astype(np.uint8)
+PALETTE = (np.arange(256)[:, None] * (67, 113, 197)).astype(np.uint8)  # class -> colour
 
 
-def indexed(mask):
-    """PIL image of mask (H, W): class numbers, which a palette shows in colour."""
-    image = PIL.Image.fromarray(np.asarray(mask, dtype=np.uint8))
-    image.putpalette(PALETTE.tobytes())
-    return image
+def predict(args, device, settings, segment):
+    """--predict: write pictures of the pixels' classes, and print the share of each class.
 
-
-def overlay(image, mask):
-    """PIL image of image (C, H, W) under the colours of mask (H, W)."""
-    image = functional.to_pil_image(image if len(image) == 3 else image[:1]).convert('RGB')
-    return PIL.Image.blend(image, indexed(mask).convert('RGB'), 0.5)
+    NAME.png holds class numbers, which a palette shows in colour, NAME_overlay.png the image under
+    these colours. Raises SystemExit(1) at the end if an image cannot be read.
+    """
+    folder, written, code = os.path.join(args.output_dir, 'predictions'), set(), 0
+    with as_input_error(folder):
+        os.makedirs(folder, exist_ok=True)
+    for path in image_paths(args.predict):
+        try:
+            image = read_image(path, **decode_options(args, settings.sizes))
+        except InputError as error:
+            print(error, file=sys.stderr)
+            code = 1
+            continue
+        imgs = normalise(image[None].to(device), settings.mean, settings.std)
+        mask = segment(imgs, size=image.shape[-2:])[0].cpu()
+        name = os.path.splitext(os.path.basename(path))[0]
+        while {name, f'{name}_overlay'} & written:  # of the same name in another folder
+            name += '_'
+        written |= {name, f'{name}_overlay'}
+        picture = PIL.Image.fromarray(mask.numpy().astype(np.uint8))
+        picture.putpalette(PALETTE.tobytes())
+        picture.save(f'{folder}/{name}.png')
+        image = functional.to_pil_image(image if len(image) == 3 else image[:1]).convert('RGB')
+        blend = PIL.Image.blend(image, picture.convert('RGB'), 0.5)
+        blend.save(f'{folder}/{name}_overlay.png')
+        print(f'{path}: {folder}/{name}.png')
+        shares = mask.flatten().bincount() / mask.numel()
+        for number in shares.argsort(descending=True)[: (shares > 0).sum()].tolist():
+            print(f'{settings.classes[number]:>24} {shares[number]:7.2%}')
+    raise SystemExit(code)

@@ -1,8 +1,7 @@
 """An embedded data set: drawn, labelled pictures of any size, for the demo and the tests.
 
-Each shows a large shape, whose kind is the label, and a smaller one behind or before it, all of
-them textured. Picture i of a split is always the same: it is drawn from a generator seeded by
-(split, i).
+Each shows a large shape, whose kind is the label, and a smaller one behind or before it, on a
+background, all textured. Picture i of a split is drawn from a generator seeded by (split, i).
 """
 
 import math
@@ -61,15 +60,12 @@ class Shapes:
 
     def picture_and_mask(self, index):
         """uint8 (3, H, W), and uint8 (H, W): 1 + label where the large shape is seen, else 0."""
-        if index in self.drawn:
-            return self.drawn[index]
-        picture, mask = map(torch.from_numpy, self.draw(index))
-        if len(self.drawn) * (picture.nbytes + mask.nbytes) < CACHE_BYTES:
-            self.drawn[index] = picture, mask
-        return picture, mask
+        pair = self.drawn.get(index) or self.draw(index)
+        if 4 * math.prod(self.size) * len(self.drawn) < CACHE_BYTES:
+            self.drawn[index] = pair
+        return pair
 
     def draw(self, index):
-        """(picture uint8 (3, H, W), mask uint8 (H, W))."""
         rng, label = np.random.default_rng((self.stream, index)), int(self.labels[index])
         y, x = (np.linspace(-1, 1, side, dtype=np.float32) for side in self.size)
         y, x = y[:, None], x[None]
@@ -86,8 +82,8 @@ class Shapes:
         for alpha, pixels in layers if small_in_front else layers[::-1]:
             image = image * (1 - alpha) + pixels * alpha
         seen = (large > 0.5) & ~(small_in_front & (small > 0.5))
-        image = (image.clip(0, 1) * 255).round()
-        return image.astype(np.uint8), (seen * (1 + label)).astype(np.uint8)
+        image, mask = (image.clip(0, 1) * 255).round(), seen * (1 + label)
+        return tuple(torch.from_numpy(array.astype(np.uint8)) for array in (image, mask))
 
 
 def outline(x, y, rng, label, centre, scale):
