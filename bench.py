@@ -5,15 +5,14 @@
     python bench.py step --variants ours ours+data --data_path IMAGES    # does the loader keep up?
     python bench.py loader --data_path IMAGES              # beside torchvision's ImageFolder
 
-A step is forward, backward and optimiser on images that lie on the device; +data takes them from
-the loader. Peers of pre-training are mmpretrain's MFF, ViT-B, and transformers' ViTMAE, which is
-plain MAE, as `mae` is. They run in our loop with our optimiser: what differs is the model.
+A step is that of engine.py on images that lie on the device; +data takes them from the loader. The
+peers, of ViT-B's pre-training, are mmpretrain's MFF and transformers' ViTMAE, which is plain MAE,
+as `mae` is. They run in our loop with our optimiser: what differs is the model.
 
 The variants take turns. Ratios are to the first variant in the same round. Figures are the median
 of the rounds, with the lowest and the highest in brackets.
 """
 
-import argparse
 import datetime
 import importlib.util
 import itertools
@@ -23,16 +22,16 @@ import re
 import shlex
 import statistics
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
 from timm.data import Mixup
-from timm.loss import SoftTargetCrossEntropy
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, RandomSampler
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms as v1
@@ -41,14 +40,12 @@ import engine
 from models_mff import ENCODER, MODELS, MaskedAutoencoderMFF, create_encoder, model_sizes
 from models_upernet import UperNet, default_levels
 from util import args as flags
-from util import data, distributed, optim, segmentation, sources, transforms
+from util import data, distributed, segmentation, sources, transforms
+from util.errors import InputError
 
 PEERS = {'mmpretrain': 'ours', 'transformers': 'mae'}  # and which of ours is the same model
+OPTIONS = {'compile', 'checkpointing', 'data'}
 STATISTICS = {'mean': [0.5] * 3, 'std': [0.5] * 3}
-VARIANTS = (
-    'ours or mae, with +compile, +checkpointing or +data; mmpretrain; transformers '
-    '(default: ours, ours+compile, and the peers that are installed)'
-)
 
 
 def get_parser():
@@ -59,40 +56,33 @@ def get_parser():
     add('--model', choices=MODELS, default='vit_base_patch16', help='its size')
     add('--input_size', type=count, help="side of the images (default: the model's)")
     add('--task', choices=['pretrain', 'finetune', 'segment'], default='pretrain', help='of a step')
-    add('--variants', nargs='+', metavar='NAME', help=VARIANTS)
-    add('--steps', type=count, help='of a turn (default: 10 on a GPU and of the loader, else 1)')
+    names = f'ours, mae, {", ".join(PEERS)}, each with +compile, +checkpointing, +data'
+    add('--variants', nargs='+', metavar='NAME', help=f'{names} (default: all that are installed)')
     add('--rounds', type=count, default=5, help='turns of each variant')
-    add('--resized', metavar='PATH', help='a smaller copy of --data_path, for the loader')
     return parser
 
 
 def main(args):
     """Print a table, and return its rows, [{column: text}]."""
     device = distributed.start(args.device)
-    on_gpu = device.type == 'cuda'
-    args.batch_size = args.batch_size or (256 if on_gpu else 16)
-    args.steps = args.steps or (10 if on_gpu or args.what == 'loader' else 1)
+    args.batch_size = args.batch_size or (256 if device.type == 'cuda' else 16)
     if args.num_workers is None:
         args.num_workers = data.default_workers()
-    rows = {'step': bench_step, 'loader': bench_loader}[args.what](args, device)
+    rows = (bench_step if args.what == 'step' else bench_loader)(args, device)
     print('\n'.join([*environment(device).values(), '', markdown(rows)]), flush=True)
     return rows
 
 
-def take_turns(calls, args, device, warm_up=1):
-    """{name: [work per second in each turn]} of {name: (a function to call, its work)}."""
+def take_turns(calls, rounds, steps, warm_up=0):
+    """{name: [work per second in each round]} of {name: (a function to call, its work)}."""
     rates = {name: [] for name in calls}
-    for number in range(args.rounds):
+    for number in range(rounds):
         for name in list(calls)[:: -1 if number % 2 else 1]:
             call, work = calls[name]
             for _ in range(warm_up):
                 call()
-            synchronise(device)
-            began = time.perf_counter()
-            for _ in range(args.steps):
-                call()
-            synchronise(device)
-            rates[name].append(args.steps * work / (time.perf_counter() - began))
+            timer = Timer('call()', globals={'call': call}, num_threads=torch.get_num_threads())
+            rates[name].append(work / timer.timeit(steps).mean)
     return rates
 
 
@@ -101,20 +91,17 @@ def take_turns(calls, args, device, warm_up=1):
 
 def bench_step(args, device):
     on_gpu = device.type == 'cuda'
-    names = args.variants or ['ours', 'ours+compile']
-    if not args.variants and args.task == 'pretrain':
-        names += installed_peers()
     calls, memory = {'product': product(args, device)}, {}
-    for name in names:
-        before = torch.cuda.memory_allocated() if on_gpu else 0
+    for name in args.variants or ['ours', 'ours+compile', *models(args)[1:]]:
+        before = torch.cuda.memory_allocated()  # 0 on a CPU
         step = create_step(name, args, device)
         for _ in range(3):
-            step()
             if on_gpu:
-                memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
                 torch.cuda.reset_peak_memory_stats()
+            step()
+        memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
         calls[name] = step, args.batch_size
-    rates = take_turns(calls, args, device)
+    rates = take_turns(calls, args.rounds, steps=10 if on_gpu else 1)
     products = rates.pop('product')
     rows = compare(rates)
     for row, name in zip(rows, rates):
@@ -126,8 +113,11 @@ def bench_step(args, device):
     return rows
 
 
-def installed_peers():
-    return [peer for peer in PEERS if importlib.util.find_spec(peer)]
+def models(args):
+    """Names of the models that can do the task; PEERS pre-train ViT-B."""
+    peers = [peer for peer in PEERS if importlib.util.find_spec(peer)]
+    is_base = args.model == 'vit_base_patch16' and not args.input_size
+    return ['ours', 'mae', *(peers if is_base else [])] if args.task == 'pretrain' else ['ours']
 
 
 def product(args, device):
@@ -142,30 +132,26 @@ def product(args, device):
 def create_step(variant, args, device):
     """() -> one step, which is that of engine.py."""
     name, *options = variant.split('+')
+    if name not in models(args) or not OPTIONS.issuperset(options):
+        raise InputError(f'--variants {variant}: here there are {", ".join(models(args))}')
     torch.manual_seed(0)
     with device:
-        model, images, targets, loss_fn = create(name, args)
+        model, *batch, loss_fn = create(name, args, args.batch_size)
     model.train()
     model.grad_checkpointing = 'checkpointing' in options
-    batches = itertools.repeat((images, targets))
-    if 'data' in options:
-        batches = open_loader(args.data_path, args, device)
     autocast, scaler = engine.mixed_precision(args.amp, device)
-    job = SimpleNamespace(seed=0, clip_grad=None, betas=(0.9, 0.95))
-    if name in PEERS:
-        groups = [{'params': [p for p in model.parameters() if p.requires_grad]}]
-    else:
-        groups = optim.param_groups(model, 0.05)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     run = SimpleNamespace(
-        args=job,
+        args=SimpleNamespace(seed=0, clip_grad=None),
         schedule=SimpleNamespace(accumulation=1, batch_size=args.batch_size),
         step=0,
         device=device,
         network=distributed.wrap(model, device, 'compile' in options),
-        optimizer=optim.create_adamw(job, groups, 1e-4, device),
+        optimizer=torch.optim.AdamW(trained, 1e-4, (0.9, 0.95), fused=True),
         scaler=scaler,
         fp16_scaler=scaler if args.amp == 'fp16' else None,
     )
+    batches = open_loader(args, device) if 'data' in options else itertools.repeat(batch)
 
     def loss_in_precision(network, images, targets):
         with autocast():
@@ -174,11 +160,12 @@ def create_step(variant, args, device):
     return lambda: engine.optimizer_step(run, loss_in_precision, batches)
 
 
-def create(name, args):
-    """(model, random images (N, 3, H, W) and targets, loss_fn(model, images, targets))."""
-    sizes, N = model_sizes(args.model, img_size=args.input_size), args.batch_size
+def create(name, args, N):
+    """(model, random images (N, 3, H, W), targets, loss_fn(model, images, targets))."""
+    sizes = model_sizes(args.model, img_size=args.input_size)
     H, W = sizes['img_size']
     images = torch.randn(N, 3, H, W)
+    noise = torch.rand(N, H * W // sizes['patch_size'] ** 2)
     if args.task == 'segment':
         heads = {'levels': default_levels(sizes['depth']), 'channels': sizes['embed_dim']}
         encoder = {key: sizes[key] for key in ENCODER}
@@ -189,55 +176,35 @@ def create(name, args):
         model = create_encoder(sizes, 'avg', drop_path=0.1)
         model.reset_classifier(1000)
         mixup = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=1000)
-        criterion = SoftTargetCrossEntropy()
 
-        def loss_fn(model, images, labels):
+        def mixed_loss(model, images, labels):
             images, targets = mixup(images.clone(), labels)
-            return criterion(model(images), targets)
+            return F.cross_entropy(model(images), targets)
 
-        return model, images, torch.randint(1000, (N,)), loss_fn
-    noise = torch.rand(N, H * W // sizes['patch_size'] ** 2)
+        return model, images, torch.randint(1000, (N,)), mixed_loss
     if name == 'mmpretrain':  # pip install mmpretrain==1.2.0 mmengine==0.10.7 mmcv-lite==2.2.0
         import mmpretrain
 
         model = mmpretrain.get_model('mff_vit-base-p16_8xb512-amp-coslr-300e_in1k')
         return model, images, noise, lambda m, x, _: m.loss(x, None)['loss']
-    if name == 'transformers':
-        return create_transformers(sizes), images, noise, lambda m, x, noise: m(x, noise=noise).loss
+    if name == 'transformers':  # whose defaults are ViT-B
+        from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+        model = ViTMAEForPreTraining(ViTMAEConfig(layer_norm_eps=1e-6, norm_pix_loss=True))
+        return model, images, noise, lambda m, x, noise: m(x, noise=noise).loss
     if name == 'mae':
         sizes['fuse_layers'] = sizes['fuse_layers'][-1:]
     return MaskedAutoencoderMFF(**sizes), images, noise, lambda m, x, noise: m(x, 0.75, noise)[0]
 
 
-def create_transformers(sizes):
-    from transformers import ViTMAEConfig, ViTMAEForPreTraining
-
-    config = ViTMAEConfig(
-        image_size=sizes['img_size'][0],
-        patch_size=sizes['patch_size'],
-        hidden_size=sizes['embed_dim'],
-        num_hidden_layers=sizes['depth'],
-        num_attention_heads=sizes['num_heads'],
-        intermediate_size=int(sizes['mlp_ratio'] * sizes['embed_dim']),
-        decoder_hidden_size=sizes['decoder_embed_dim'],
-        decoder_num_hidden_layers=sizes['decoder_depth'],
-        decoder_num_attention_heads=sizes['decoder_num_heads'],
-        decoder_intermediate_size=int(sizes['mlp_ratio'] * sizes['decoder_embed_dim']),
-        layer_norm_eps=1e-6,
-        norm_pix_loss=True,
-    )
-    return ViTMAEForPreTraining(config)
-
-
 def forward_flops(variant, args):
     """Floating-point operations of one image's forward pass, two per multiply-add, in products."""
     name = variant.partition('+')[0]
-    two = argparse.Namespace(**vars(args) | {'batch_size': 2})  # BatchNorm refuses one
     with torch.device('meta'):
-        model, images, targets, loss_fn = create(PEERS.get(name, name), two)
+        model, *batch, loss_fn = create(PEERS.get(name, name), args, 2)  # BatchNorm refuses one
         # Attention in products that torch counts: not those of the CPU's fused one
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            loss_fn(model.train(), images, targets)
+            loss_fn(model.train(), *batch)
     return counter.get_total_flops() / 2
 
 
@@ -245,19 +212,16 @@ def forward_flops(variant, args):
 
 
 def bench_loader(args, device):
-    loaders = {'ImageFolder': open_image_folder(args, device)}
-    loaders['ours'] = open_loader(args.data_path, args, device)
-    if args.resized:
-        loaders['resized'] = open_loader(args.resized, args, device)
+    loaders = {'ImageFolder': open_image_folder(args, device), 'ours': open_loader(args, device)}
     calls = {name: (loader.__next__, args.batch_size) for name, loader in loaders.items()}
-    queue = 2 * args.num_workers  # was filled in the others' turns
-    return compare(take_turns(calls, args, device, warm_up=1 + queue))
+    queue = 2 * args.num_workers  # was filled in the other's turn
+    return compare(take_turns(calls, args.rounds, steps=10, warm_up=queue))
 
 
-def open_loader(path, args, device):
-    """The loader of main_pretrain.py, for the images of a path, without end."""
+def open_loader(args, device):
+    """The loader of main_pretrain.py, without end."""
     sizes, N = model_sizes(args.model, img_size=args.input_size), args.batch_size
-    source, _ = sources.open_sources(argparse.Namespace(**vars(args) | {'data_path': path}), sizes)
+    source, _ = sources.open_sources(args, sizes)
     num_patches = sizes['img_size'][0] * sizes['img_size'][1] // sizes['patch_size'] ** 2
     samples = data.Samples(source, transforms.pretrain_transform(sizes['img_size']), num_patches)
     keys = ([divmod(N * i + k, len(source)) for k in range(N)] for i in itertools.count())
@@ -281,15 +245,11 @@ def open_image_folder(args, device):
 
 def compare(rates):
     """Rows of {name: [rate of each round]}: speeds, and ratios to the first."""
-    first, *_ = rates.values()
-    base = next(iter(rates))
+    base, *_ = rates
+    ratios = {name: [a / b for a, b in zip(rates[name], rates[base])] for name in rates}
     return [
-        {
-            'variant': name,
-            f'speed : {base}': spread([a / b for a, b in zip(values, first)]),
-            'images/s': spread(values),
-        }
-        for name, values in rates.items()
+        {'variant': name, f'speed : {base}': spread(ratios[name]), 'images/s': spread(rates[name])}
+        for name in rates
     ]
 
 
@@ -307,25 +267,17 @@ def markdown(rows):
 
 def environment(device):
     """What a figure cannot be read without: {'command', 'device', 'versions', 'date'}."""
-    models = []
-    if os.path.exists('/proc/cpuinfo'):
-        models = re.findall(r'^model name\s*: (.+)', Path('/proc/cpuinfo').read_text(), re.M)
-    name = models[0] if models else platform.machine()
+    name, cpuinfo = platform.machine(), Path('/proc/cpuinfo')
+    if cpuinfo.exists():
+        name = (re.findall(r'^model name\s*: (.+)', cpuinfo.read_text(), re.M) or [name])[0]
     cpu = f'{name}, {torch.get_num_threads()} of {os.cpu_count()} cores'
-    on_gpu = device.type == 'cuda'
-    script = os.path.relpath(sys.argv[0]).removesuffix('.py').replace(os.sep, '.')
+    modules = ', '.join(f'{m.__name__} {m.__version__}' for m in (torch, torchvision, timm))
     return {
-        'command': shlex.join(['python', '-m', script, *sys.argv[1:]]),
-        'device': f'{torch.cuda.get_device_name(device)}; {cpu}' if on_gpu else cpu,
-        'versions': f'Python {platform.python_version()}, torch {torch.__version__}, torchvision '
-        f'{torchvision.__version__}, timm {timm.__version__}',
+        'command': shlex.join(['python', *sys.orig_argv[1:]]),
+        'device': f'{torch.cuda.get_device_name(device)}; {cpu}' if device.type == 'cuda' else cpu,
+        'versions': f'Python {platform.python_version()}, {modules}',
         'date': str(datetime.date.today()),
     }
-
-
-def synchronise(device):
-    if device.type == 'cuda':
-        torch.cuda.synchronize()
 
 
 if __name__ == '__main__':

@@ -16,23 +16,20 @@ from util import weights
 def get_parser():
     parser = main_pretrain.get_parser()
     parser.description = __doc__
-    add = parser.add_argument_group("the paper's alternatives").add_argument
-    texts = {
-        'fuse_proj': 'projection of the levels below the last; mlp: two layers',
-        'fusion': 'weights that are trained, or 1/K each, or self-attention over the levels',
-        'target': "lowpass: PixMIM's, without high frequencies",
-    }
+    add = parser.add_argument_group("the paper's alternatives; the first is its own").add_argument
     for name, options in CHOICES.items():
-        add(f'--{name}', choices=options, default=options[0], help=texts[name])
+        add(f'--{name}', choices=options, default=options[0], help='see ablation/variants.py')
     return parser
 
 
 def main(args):
-    file = weights.read(args.init_from) if args.init_from else None
-    settings = weights.settings_of(args, file)
     choices = {name: getattr(args, name) for name in CHOICES}
-    build = partial(VariantMFF, mean=settings.mean, std=settings.std, **choices)
-    main_pretrain.main(args, build)
+    if args.target == 'lowpass':  # of pixels that are not normalised
+        settings = weights.settings_of(
+            args, weights.read(args.init_from) if args.init_from else None
+        )
+        choices |= {'mean': settings.mean, 'std': settings.std}
+    main_pretrain.main(args, partial(VariantMFF, **choices))
 
 
 if __name__ == '__main__':

@@ -5,6 +5,7 @@ python -m ablation.report results/demo
 
 import json
 import statistics
+from itertools import pairwise
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -37,7 +38,7 @@ def main(args):
 
 
 def write_report(folder):
-    """Write table.md, summary.png, curves.png and fusion.png into a folder. Returns the table.
+    """Write table.md, summary.png and curves.png into a folder. Returns the table.
 
     Raises:
         InputError: if there are no results.
@@ -48,14 +49,10 @@ def write_report(folder):
     table = make_table(groups)
     Path(folder, 'table.md').write_text(table + '\n')
     others = [name for name in MEASURES if name not in SUMMARY]
-    figures = {
-        'summary': curve_panels(groups, SUMMARY),
-        'curves': curve_panels(groups, others),
-        'fusion': fusion_panels(groups),
-    }
-    for name, panels in figures.items():
-        if panels:
-            make_figure(panels).savefig(Path(folder, f'{name}.png'))
+    for name, measures in (('summary', SUMMARY), ('curves', others)):
+        figure = make_figure(groups, measures)
+        if figure.axes:
+            figure.savefig(Path(folder, f'{name}.png'))
     return table
 
 
@@ -74,58 +71,46 @@ def curves_of(groups, name):
         variant: {seed: run['curves'][name] for seed, run in group.items() if name in run['curves']}
         for variant, group in groups.items()
     }
-    runs = [points for group in curves.values() for points in group.values()]
-    starts = [points[0][1] for points in runs if points[0][0] == 0]
+    firsts = [points[0] for group in curves.values() for points in group.values()]
     trained = {name: group for name, group in curves.items() if group and name != RANDOM}
-    return trained, starts
-
-
-# --- Table ----------------------------------------------------------------------------------------
+    return trained, [value for epoch, value in firsts if epoch == 0]
 
 
 def make_table(groups):
     """Markdown: each measure at the end, differences to MAE, epochs to its final accuracy."""
-    cells = {'random weights': {}} | {name: {} for name in groups if name != RANDOM}
-    notes = []
+    trained = [variant for variant in groups if variant != RANDOM]
+    rows = ['random weights', *trained, *(f'{v} - {BASE}' for v in trained if v != BASE)]
+    columns, notes = {}, []  # {title: {row: text}}
     for name, title in MEASURES.items():
-        digits = 3 if name == 'val_loss' else 1
         curves, starts = curves_of(groups, name)
-        cells['random weights'][name] = in_words(starts, digits)
-        final = {
-            variant: {seed: points[-1][1] for seed, points in group.items()}
-            for variant, group in curves.items()
-        }
+        digits = 3 if name == 'val_loss' else 1
+        column = columns[title] = {'random weights': in_words(starts, digits)}
+        final = {v: {s: points[-1][1] for s, points in curves[v].items()} for v in curves}
+        base = final.get(BASE, {})
         for variant, values in final.items():
-            cells[variant][name] = in_words(list(values.values()), digits)
-            both = sorted(values.keys() & final.get(BASE, {}).keys())
-            if variant == BASE:
-                continue
-            differences = [values[seed] - final[BASE][seed] for seed in both]
-            row = cells.setdefault(f'{variant} - {BASE}', {})
-            row[name] = in_words(differences, digits, '+')
+            column[variant] = in_words(values.values(), digits)
+            both = sorted(values.keys() & base.keys()) if variant != BASE else []
+            differences = [values[seed] - base[seed] for seed in both]
+            column[f'{variant} - {BASE}'] = in_words(differences, digits, '+')
             if both and name in ('val_knn_cls', 'val_knn_patches'):
-                epochs = [epochs_to_reach(curves[variant][s], final[BASE][s]) for s in both]
+                epochs = [epochs_to_reach(curves[variant][seed], base[seed]) for seed in both]
                 notes.append(
                     f'- Epochs until {variant} reaches the final accuracy of {BASE}, {title}, seed '
                     f'by seed: {", ".join(epochs)}, of {curves[BASE][both[0]][-1][0]:g}'
                 )
-    measures = [name for name in MEASURES if any(row.get(name) for row in cells.values())]
-    lines = [['', *(MEASURES[name] for name in measures)], ['---'] * (1 + len(measures))]
-    for title, row in cells.items():
-        if any(row.values()):
-            lines.append([title, *(row.get(name, '') for name in measures)])
+    columns = {title: column for title, column in columns.items() if any(column.values())}
+    lines = [['', *columns], ['---'] * (1 + len(columns))]
+    lines += [[row, *(column.get(row, '') for column in columns.values())] for row in rows]
     counts = ', '.join(f'{len(group)} of {variant}' for variant, group in groups.items())
-    results = [result for group in groups.values() for result in group.values()]
-    origins = {f'{run["command"]}  \n{run["device"]}; {run["versions"]}' for run in results}
-    return '\n'.join(
-        [
-            *(f'| {" | ".join(line)} |' for line in lines),
-            f'\nMean ± standard deviation over runs ({counts}); accuracies in %; differences seed '
-            'by seed.\n',
-            *notes,
-            *(f'\n{origin}' for origin in sorted(origins)),
-        ]
-    )
+    runs = [run for group in groups.values() for run in group.values()]
+    origins = {f'\n{run["command"]}  \n{run["device"]}; {run["versions"]}' for run in runs}
+    return '\n'.join([
+        *(f'| {" | ".join(line)} |' for line in lines if any(line[1:])),
+        f'\nMean ± standard deviation over runs ({counts}); accuracies in %; differences seed '
+        'by seed.\n',
+        *notes,
+        *sorted(origins),
+    ])  # fmt: skip
 
 
 def in_words(values, digits, sign=''):
@@ -138,72 +123,41 @@ def in_words(values, digits, sign=''):
 
 def epochs_to_reach(points, value):
     """Where the broken line through points [(epoch, value)] first has this value, or 'never'."""
-    before = None
-    for epoch, now in points:
-        if now >= value and before is None:
-            return f'{epoch:.1f}'
+    for (epoch, before), (after, now) in pairwise([(points[0][0], value), *points]):
         if now >= value:
-            share = (value - before[1]) / (now - before[1])
-            return f'{before[0] + share * (epoch - before[0]):.1f}'
-        before = epoch, now
+            share = (value - before) / (now - before) if now > before else 1.0
+            return f'{epoch + share * (after - epoch):.1f}'
     return 'never'
 
 
-# --- Figures: {title of a panel: ({label: [points of a seed]}, values of random weights)} ---------
+def make_figure(groups, measures):
+    """A panel for each measure that was taken several times in a run: values by epoch.
 
-
-def curve_panels(groups, measures):
-    """A panel for each measure that was taken more than once in a run, a line per variant."""
-    panels = {}
-    for name in measures:
-        title = MEASURES[name]
-        curves, starts = curves_of(groups, name)
-        lines = {variant: list(group.values()) for variant, group in curves.items()}
-        if any(len(points) > 1 for runs in lines.values() for points in runs):
-            panels[title if name == 'val_loss' else f'{title}, %'] = lines, starts
-    return panels
-
-
-def fusion_panels(groups):
-    """A panel for each variant that learns fusion weights, a line per block."""
-    panels = {}
-    for variant, group in groups.items():
-        lines = {}
-        for result in group.values():
-            for name, points in result['curves'].items():
-                if name.startswith('fusion/'):
-                    lines.setdefault(name.removeprefix('fusion/'), []).append(points)
-        if len(lines) > 1:
-            panels[f'fusion weights of {variant}'] = lines, []
-    return panels
-
-
-def make_figure(panels):
-    """Values against epochs: a colour per label, a thin line per seed, a thick one for their mean.
-
-    The grey line is what random weights give.
+    A colour per variant, a thin line per seed, a thick one for their mean; grey: random weights.
     """
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
+    panels = {name: curves_of(groups, name) for name in measures}
+    names = [
+        name
+        for name, (curves, _) in panels.items()
+        if any(len(points) > 1 for group in curves.values() for points in group.values())
+    ]
+    rows, columns = max(1, -(-len(names) // 4)), max(1, min(4, len(names)))
     figure = Figure(figsize=(4 * columns, 3.8 * rows), layout='constrained', dpi=100)
-    labels = list(dict.fromkeys(label for lines, _ in panels.values() for label in lines))
-    for place, (title, (lines, starts)) in enumerate(panels.items()):
-        axes = figure.add_subplot(rows, columns, place + 1)
+    for place, name in enumerate(names, 1):
+        curves, starts = panels[name]
+        axes = figure.add_subplot(rows, columns, place, xlabel='epoch')
+        axes.set_title(MEASURES[name] + (', %' if name != 'val_loss' else ''))
         if starts:
             axes.axhline(statistics.fmean(starts), color='grey', ls='--', label='random weights')
-        for label, runs in lines.items():
-            colour = f'C{labels.index(label)}'
-            for points in runs:
+        for variant, group in curves.items():
+            colour = f'C{list(groups).index(variant)}'
+            for points in group.values():
                 axes.plot(*zip(*points), color=colour, linewidth=0.7, alpha=0.7)
-            epochs = [epoch for epoch, _ in runs[0]]
-            means = [statistics.fmean(value for _, value in points) for points in zip(*runs)]
-            axes.plot(epochs, means, color=colour, linewidth=2, label=label)
-        axes.set(title=title, xlabel='epoch')
+            epochs = [points[0][0] for points in zip(*group.values())]
+            means = [statistics.fmean(v for _, v in points) for points in zip(*group.values())]
+            axes.plot(epochs, means, color=colour, linewidth=2, label=variant)
         axes.grid(alpha=0.3)
-    handles = {}
-    for axes in figure.axes:
-        handles |= {line.get_label(): line for line in axes.lines if line.get_label()[0] != '_'}
-    figure.legend(handles.values(), handles, loc='outside lower center', ncols=min(5, len(handles)))
+        axes.legend(fontsize=7)
     return figure
 
 

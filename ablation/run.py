@@ -11,15 +11,14 @@ is a small file in --results, and not repeated; an unfinished one resumes from -
 same command continues, and the results of several days or machines add up.
 """
 
-import importlib
 import json
-import multiprocessing
 import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -47,6 +46,7 @@ VARIANTS = {  # flags of ablation.pretrain; {last}: index of the last block
     'PixMIM+MFF': ['--target', 'lowpass'],
 }
 SETTINGS = ('measure_every', 'model_flags', 'pretrain_flags', 'measure_flags', 'finetune_flags')
+children = []  # the commands that were started
 
 
 def get_parser():
@@ -55,9 +55,7 @@ def get_parser():
     add('--data_path', required=True, help='labelled images, as for main_finetune.py')
     add('--results', required=True, metavar='DIR', help='for what is worth keeping')
     add('--output_dir', default='output/ablation', help='for checkpoints and logs')
-    add(
-        '--variants', nargs='+', choices=VARIANTS, default=[RANDOM, 'MAE', 'MFF'], help='to compare'
-    )
+    add('--variants', nargs='+', choices=VARIANTS, default=[RANDOM, 'MAE', 'MFF'])
     add('--seeds', type=number(int, 0), nargs='+', default=[0, 1, 2], help='of each')
     add('--measure_every', type=number(int, 1), metavar='EPOCHS', help='(default: at the end)')
     add('--model_flags', **flags, help='size of the encoder')
@@ -70,86 +68,75 @@ def get_parser():
 
 
 def main(args):
-    check(args)
+    flags = {variant: pretrain_flags(args, variant) for variant in args.variants}
+    check_results(args)
+    os.makedirs(args.results, exist_ok=True)
     signal.signal(signal.SIGTERM, stop)
-    names = [(variant, seed) for seed in args.seeds for variant in args.variants]
-    failed = 0
+    runs = [(variant, seed, flags[variant]) for seed in args.seeds for variant in args.variants]
     with ThreadPoolExecutor(args.jobs) as pool:
-        futures = [pool.submit(train_and_measure, args, *name) for name in names]
-        try:
-            for future in as_completed(futures):
-                try:
-                    print(future.result(), flush=True)
-                    write_report(args.results)
-                except RunError as error:
-                    print(error, flush=True)
-                    failed += 1
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-            raise
-    if failed:
-        raise RunError(f'{failed} of {len(names)} runs failed; the same command repeats them')
+        failures = list(filter(None, pool.map(lambda run: failure_of(args, *run), runs)))
+    if failures:
+        raise RunError(f'{len(failures)} of {len(runs)} runs failed; the same command repeats them')
     print(write_report(args.results))
 
 
-def check(args):
-    """Raise InputError if --results holds another experiment, or flags are wrong."""
+def pretrain_flags(args, variant):
+    flags = [*args.model_flags, *args.pretrain_flags]
+    depth = weights.settings_of(pretrain.get_parser().parse_args(flags), None).sizes['depth']
+    return flags + [flag.format(last=depth - 1, late=2 * depth // 3) for flag in VARIANTS[variant]]
+
+
+def check_results(args):
+    """Raise InputError if --results holds another experiment."""
     for group in read_results(args.results).values():
         for result in group.values():
             then = result['settings']
             changed = [name for name in SETTINGS if getattr(args, name) != then.get(name)]
             if changed:
                 raise InputError(f'{args.results} holds results of other --{", --".join(changed)}')
-    for variant in args.variants:
-        pretrain.get_parser().parse_args(pretrain_flags(args, variant))
-    os.makedirs(args.results, exist_ok=True)
 
 
-def pretrain_flags(args, variant):
-    flags = [*args.model_flags, *args.pretrain_flags]
-    parsed = pretrain.get_parser().parse_args(flags)
-    depth = weights.settings_of(parsed, None).sizes['depth']
-    return flags + [flag.format(last=depth - 1, late=2 * depth // 3) for flag in VARIANTS[variant]]
+def failure_of(args, variant, seed, flags):
+    """The RunError that ended a run, which is printed, or None."""
+    try:
+        train_and_measure(args, variant, seed, flags)
+    except RunError as error:
+        print(error, flush=True)
+        return error
 
 
-def train_and_measure(args, variant, seed):
-    """One run: train, measure, fine-tune, write its file. Returns a line about it.
-
-    Raises:
-        RunError: if one of the commands fails.
-    """
+def train_and_measure(args, variant, seed, flags):
+    """One run: train, measure, fine-tune, write its file. Raises RunError if a command fails."""
     path = os.path.join(args.results, f'{variant}-seed{seed}.json')
     if os.path.exists(path):
-        return f'{path}: done before'
+        return print(f'{path}: done before', flush=True)
     folder = os.path.join(args.output_dir, f'{variant}-seed{seed}')
     os.makedirs(folder, exist_ok=True)
+    common = ['--data_path', args.data_path, '--num_workers', args.num_workers, '--seed', seed]
+    pretrained, finetuned = (os.path.join(folder, name) for name in ('pretrain', 'finetune'))
 
-    def start(module, name, *flags):
-        common = ['--data_path', args.data_path, '--num_workers', args.num_workers, '--seed', seed]
-        return run_module(module, os.path.join(folder, f'{name}.out'), [*common, *flags])
+    def start(module, *flags):
+        output = os.path.join(folder, f'{module.split(".")[-1]}.out')
+        return run_module(module, output, [*common, *flags])
 
     curves = {}  # {name: [(epoch, value)]}
     origins = {0: args.model_flags}  # {epoch: flags that name its weights}
     if variant != RANDOM:
-        output_dir, every = os.path.join(folder, 'pretrain'), args.measure_every
-        flags = [*pretrain_flags(args, variant), *(['--keep_every', every] if every else [])]
-        start('ablation.pretrain', 'pretrain', '--output_dir', output_dir, *flags)
-        curves = read_log(output_dir)
+        keep = ['--keep_every', args.measure_every] if args.measure_every else []
+        start('ablation.pretrain', '--output_dir', pretrained, *flags, *keep)
+        curves = read_log(pretrained)
         last = round(curves['val_loss'][-1][0])
-        files = {e: f'checkpoint-{e:04d}.pth' for e in range(every, last, every)} if every else {}
+        every = args.measure_every or last
+        files = {epoch: f'checkpoint-{epoch:04d}.pth' for epoch in range(every, last, every)}
         files[last] = 'checkpoint-last.pth'
-        origins = {e: ['--init_from', os.path.join(output_dir, f)] for e, f in files.items()}
+        origins = {e: ['--init_from', os.path.join(pretrained, f)] for e, f in files.items()}
     for epoch, origin in origins.items():
-        flags = ['--knn', 20, '--logistic', *origin, *args.measure_flags]
-        printed = start('tools.features', 'features', *flags)
+        printed = start('tools.features', '--knn', 20, '--logistic', *origin, *args.measure_flags)
         for name, top1 in read_accuracies(printed).items():
             curves.setdefault(name, []).append((epoch, top1))
     if args.finetune_flags is not None:
-        output_dir = os.path.join(folder, 'finetune')
-        start(
-            'main_finetune', 'finetune', '--output_dir', output_dir, *origin, *args.finetune_flags
-        )
-        curves['finetune'] = [(epoch, read_log(output_dir)['val_top1'][-1][1])]
+        start('main_finetune', '--output_dir', finetuned, *origin, *args.finetune_flags)
+        curves['finetune'] = [(epoch, read_log(finetuned)['val_top1'][-1][1])]
 
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     result = {'variant': variant, 'seed': seed, **environment(device)}
@@ -157,7 +144,7 @@ def train_and_measure(args, variant, seed):
     with open(f'{path}.tmp', 'w') as file:
         file.write(json.dumps(result) + '\n')
     os.replace(f'{path}.tmp', path)
-    return f'{path}: written'
+    print(f'{path}: written', flush=True)
 
 
 def read_log(output_dir):
@@ -180,41 +167,28 @@ def read_accuracies(printed):
     return {f'{methods[m]}_{features[f]}': float(top1) for m, top1, f in found}
 
 
-# --- Commands, each in a process that has everything imported -------------------------------------
-
-
 def run_module(module, output, flags):
     """What python -m MODULE FLAGS prints, which also goes to the file `output`.
 
     Raises:
         RunError: if it fails.
     """
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['ablation.pretrain', 'tools.features', 'main_finetune'])
-    child = context.Process(target=work, args=(module, output, list(map(str, flags))))
-    open(output, 'w').close()
-    child.start()
-    child.join()
-    with open(output) as file:
+    with open(output, 'w+') as file:
+        command = [sys.executable, '-m', module, *map(str, flags)]
+        child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        children.append(child)
+        code = child.wait()
+        file.seek(0)
         printed = file.read()
-    if child.exitcode:
+    if code:
         last = (printed.splitlines() or [''])[-1]
-        raise RunError(f'{module} ended with code {child.exitcode}; {output} ends with: {last}')
+        raise RunError(f'{module} ended with code {code}; {output} ends with: {last}')
     return printed
-
-
-def work(module, output, flags):
-    with open(output, 'w') as file:
-        os.dup2(file.fileno(), sys.stdout.fileno())
-        os.dup2(file.fileno(), sys.stderr.fileno())
-    sys.argv = [module, *flags]  # which the log records
-    job = importlib.import_module(module)
-    run_job(job.main, job.get_parser(), flags)
 
 
 def stop(*_):
     """End all commands: those that train save first."""
-    for child in multiprocessing.active_children():
+    for child in children:
         child.terminate()
     raise KeyboardInterrupt
 

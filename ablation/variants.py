@@ -26,10 +26,7 @@ class VariantMFF(MaskedAutoencoderMFF):
         fusion: the average by trained weights, the uniform one, or self-attention over the levels.
         target: the pixels, or PixMIM's, without high frequencies.
         mean, std: of the pixels, per channel, by which images are normalised; for PixMIM.
-        sizes: as for MaskedAutoencoderMFF.
-
-    Raises:
-        ValueError: as MaskedAutoencoderMFF does, or if there is nothing to fuse.
+        sizes: of MaskedAutoencoderMFF. Raises ValueError as that does.
     """
 
     def __init__(
@@ -51,11 +48,11 @@ class VariantMFF(MaskedAutoencoderMFF):
             )
 
         # --- Fusion ---
-        if fusion != 'average':
-            del self.fuse_logits
         if fusion == 'uniform':
+            del self.fuse_logits
             self.register_buffer('fuse_logits', torch.ones(K, 1, 1, 1))  # not trained
         elif fusion == 'attention':
+            del self.fuse_logits
             self.fuse_norm = LayerNorm(D)
             self.fuse_attn = Attention(D, self.blocks[0].attn.num_heads, qkv_bias=True)
             initialised(self.fuse_attn.qkv)
@@ -63,12 +60,10 @@ class VariantMFF(MaskedAutoencoderMFF):
 
         # --- Target (PixMIM, arXiv 2303.02416) ---
         if target == 'lowpass':
-            for name, values in (('pixel_mean', mean), ('pixel_std', std)):
-                values = torch.tensor(values).view(-1, 1, 1)
-                self.register_buffer(name, values, persistent=False)
+            self.register_buffer('mean', torch.tensor(mean).view(-1, 1, 1), persistent=False)
+            self.register_buffer('std', torch.tensor(std).view(-1, 1, 1), persistent=False)
             # In checkpoints, so that main_pretrain.py does not resume one of another target
-            mask = low_frequencies(*self.patch_embed.img_size)
-            self.register_buffer('decoder_frequencies', mask)
+            self.register_buffer('decoder_frequencies', low_frequencies(*self.patch_embed.img_size))
 
     @property
     def fusion_weights(self):
@@ -100,10 +95,10 @@ class VariantMFF(MaskedAutoencoderMFF):
         """
         if self.target == 'pixels':
             return imgs
-        pixels = imgs.float() * self.pixel_std + self.pixel_mean
+        pixels = imgs.float() * self.std + self.mean
         spectrum = torch.fft.fftshift(torch.fft.fft2(pixels), dim=(-2, -1))
         filtered = torch.fft.ifft2(spectrum * self.decoder_frequencies).abs()
-        return (filtered - self.pixel_mean) / self.pixel_std
+        return (filtered - self.mean) / self.std
 
 
 def low_frequencies(height, width, radius=40 / 224):

@@ -14,15 +14,14 @@ from util.args import run_job
 from util.weights import convert_state_dict
 
 
-def arguments(**changes):
-    usual = {'model': 'vit_nano_patch4', 'input_size': None, 'task': 'pretrain', 'batch_size': 2}
-    return Namespace(**usual | changes)
+def arguments(model, task='pretrain'):
+    return Namespace(model=model, task=task, input_size=None)
 
 
 @pytest.mark.parametrize('size, gigaflops', [('small', 25.4), ('base', 58.7)])
 def test_operations_are_those_of_mae(size, gigaflops):
     """Published, of a training step; fusion sends 50 tokens through K - 1 square layers."""
-    args = arguments(model=f'vit_{size}_patch16')
+    args = arguments(f'vit_{size}_patch16')
     mae, mff = bench.forward_flops('mae+compile', args), bench.forward_flops('ours', args)
     assert 3e-9 * mae == pytest.approx(gigaflops, abs=0.05)
     sizes = bench.MODELS[args.model]
@@ -31,8 +30,8 @@ def test_operations_are_those_of_mae(size, gigaflops):
 
 @pytest.mark.parametrize('task', ['pretrain', 'finetune', 'segment'])
 def test_backward_takes_twice_the_operations_of_forward(task):
-    args = arguments(task=task)
-    model, images, targets, loss_fn = bench.create('ours', args)
+    args = arguments('vit_nano_patch4', task)
+    model, images, targets, loss_fn = bench.create('ours', args, 2)
     images.requires_grad_()
     with sdpa_kernel(SDPBackend.MATH):  # recomputes nothing in the backward pass
         loss = loss_fn(model.train(), images, targets)
@@ -42,15 +41,13 @@ def test_backward_takes_twice_the_operations_of_forward(task):
     assert backward.get_total_flops() == pytest.approx(2 * forward, rel=0.02)
 
 
-@pytest.mark.parametrize(
-    'peer, model', [('transformers', 'vit_nano_patch4'), ('mmpretrain', 'vit_base_patch16')]
-)
-def test_peers_are_the_same_model(peer, model):
+@pytest.mark.parametrize('peer', bench.PEERS)
+def test_peers_are_the_same_model(peer):
     """Its weights in ours give its loss, and all are trained in both."""
     pytest.importorskip(peer)
-    args = arguments(model=model)
-    theirs, images, noise, their_loss = bench.create(peer, args)
-    ours, _, _, our_loss = bench.create(bench.PEERS[peer], args)
+    args = arguments('vit_base_patch16')
+    theirs, images, noise, their_loss = bench.create(peer, args, 1)
+    ours, _, _, our_loss = bench.create(bench.PEERS[peer], args, 1)
     ours.load_state_dict(convert_state_dict(theirs.state_dict()))
     trained = [sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (ours, theirs)]
     assert trained[0] == trained[1]
@@ -69,7 +66,7 @@ def test_both_loaders_give_the_same_images(folder, monkeypatch):
     monkeypatch.setattr(bench, 'DataLoader', lambda images, *_, **__: folders.append(images) or [])
     bench.open_image_folder(args, torch.device('cpu'))
     plain = {path: index for index, (path, _) in enumerate(folders[0].imgs)}
-    loader = bench.open_loader(args.data_path, args, torch.device('cpu'))
+    loader = bench.open_loader(args, torch.device('cpu'))
     for index in range(6):
         images, noise = next(loader)
         data.seed_generators(0, 0, index)
@@ -97,13 +94,19 @@ def test_ratios_are_of_the_same_round():
         ('step --variants ours mae+checkpointing ours+data', 'ours mae+checkpointing ours+data'),
         ('step --task finetune --variants ours', 'ours'),
         ('step --task segment --variants ours', 'ours'),
-        ('loader --resized {folder}/val', 'ImageFolder ours resized'),
+        ('loader', 'ImageFolder ours'),
     ],
 )
 def test_short_runs(folder, capsys, flags, variants):
-    flags += ' --model vit_nano_patch4 --batch_size 2 --rounds 2 --steps 1 --num_workers 1'
-    flags += ' --device cpu --data_path {folder}/train'
-    run_job(bench.main, bench.get_parser(), flags.format(folder=folder).split())
+    flags += ' --model vit_nano_patch4 --batch_size 2 --rounds 2 --num_workers 1'
+    flags += f' --device cpu --data_path {folder}/train'
+    run_job(bench.main, bench.get_parser(), flags.split())
     cells = [line.split(' | ') for line in capsys.readouterr().out.splitlines() if line[:1] == '|']
     assert [line[0].strip('| ') for line in cells] == ['variant', '---', *variants.split()]
     assert all(float(line[2].split()[0]) > 0 for line in cells[2:])
+
+
+@pytest.mark.parametrize('variant', ['theirs', 'ours+fast', 'transformers'])
+def test_unknown_variants_are_not_taken_for_ours(variant, error_of):
+    flags = ['step', '--device', 'cpu', '--model', 'vit_nano_patch4', '--variants', variant]
+    assert variant in error_of(run_job, bench.main, bench.get_parser(), flags)
