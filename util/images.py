@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.v2 import functional
 
-from util.errors import as_input_error
+from util.errors import InputError
 
 try:
     import simplejpeg  # faster than PIL, and equal to its pixels to the bit
@@ -31,38 +31,45 @@ EXTENSIONS = (*(kind for kind in KINDS if kind in Image.registered_extensions())
 warnings.filterwarnings('ignore', module='PIL')  # each worker would warn of each odd file
 
 
+@contextlib.contextmanager
+def reading(path):
+    """Turn any error inside into an InputError about path: libraries raise many kinds."""
+    try:
+        yield
+    except UnidentifiedImageError:
+        raise InputError(f'{path}: not an image of a known format') from None
+    except Exception as error:
+        problem = getattr(error, 'strerror', None) or str(error) or type(error).__name__
+        raise InputError(f'{path}: {" ".join(problem.split())}') from None
+
+
 def read_image(path, in_chans=3, background=WHITE, max_value=None):
     """decode a file that a user named. Raises InputError if it cannot be read."""
-    with as_input_error(path), open(path, 'rb') as file:
+    with reading(path), open(path, 'rb') as file:
         return decode(file.read(), in_chans, background, max_value)
 
 
 def decode(content, in_chans=3, background=WHITE, max_value=None):
-    """The bytes of an image file, or of an .npy array (H, W, C) or (H, W) -> (in_chans, H, W).
+    """A PIL image, or the bytes of an image file or of an .npy array (H, W, C) or (H, W).
 
     The EXIF orientation is applied. Transparent images are put on background (R, G, B), 0..255.
+    max_value is white where there are more than 8 bits. None: 65535 in image files of integers
+    (their upper 8 bits stay) and 255 in those of floats; in arrays the largest value of an integer
+    type, and floats are taken as they are.
 
-    max_value is white in files of more than 8 bits. None: 65535 in image files of integers (their
-    upper 8 bits stay) and 255 in those of floats; in arrays the largest value of an integer type,
-    and floats are taken as they are.
-
-    Returns uint8; float32 for arrays of another type, 1 being white. Raises ValueError if the
-    content is damaged, no image, too large to decode safely, or has other channels or values.
+    Returns (in_chans, H, W) uint8; float32 for arrays of another type, 1 being white. Raises
+    ValueError, or what the decoders raise for damaged content.
     """
-    try:
-        if content[:6] == NUMPY:
-            array = np.load(io.BytesIO(content), allow_pickle=False)
-            image = array_to_tensor(array, in_chans, max_value)
-        else:
-            image = file_to_tensor(content, in_chans, background, max_value)
-        height, width = image.shape[1:]
-        if max(height, width) > 100 * min(height, width):  # huge once resized to cover a square
-            raise ValueError(f'{width} x {height} pixels are too long and narrow')
-        return image
-    except Exception as error:  # decoders raise many kinds of error for a damaged file
-        problem = ' '.join(str(error).split()) or type(error).__name__
-        unknown = isinstance(error, UnidentifiedImageError)
-        raise ValueError('not an image of a known format' if unknown else problem) from None
+    if not isinstance(content, bytes):
+        image = pil_to_tensor(content, in_chans, background, max_value)
+    elif content[:6] == NUMPY:
+        image = array_to_tensor(np.load(io.BytesIO(content)), in_chans, max_value)
+    else:
+        image = file_to_tensor(content, in_chans, background, max_value)
+    height, width = image.shape[1:]
+    if max(height, width) > 100 * min(height, width):  # huge once resized to cover a square
+        raise ValueError(f'{width} x {height} pixels are too long and narrow')
+    return image
 
 
 def file_to_tensor(content, in_chans, background, max_value):
@@ -77,8 +84,7 @@ def file_to_tensor(content, in_chans, background, max_value):
     return pil_to_tensor(image, in_chans, background, max_value)
 
 
-def pil_to_tensor(image, in_chans=3, background=WHITE, max_value=None):
-    """PIL image of any mode -> uint8 (in_chans, H, W), as decode describes. Raises ValueError."""
+def pil_to_tensor(image, in_chans, background, max_value):
     if in_chans not in (1, 3):
         raise ValueError(f'an image file; --in_chans {in_chans} needs .npy arrays (H, W, C)')
     image = ImageOps.exif_transpose(image)
@@ -106,15 +112,15 @@ def to_8_bits(image, max_value):
 def array_to_tensor(array, in_chans, max_value):
     """(H, W, C) or (H, W) -> (C, H, W), as decode describes. Raises ValueError."""
     array = array[..., None] if array.ndim == 2 else array
-    fits = array.ndim == 3 and array.shape[2] == in_chans and array.size
-    if not fits or array.dtype.kind not in 'buif':
+    kind = array.dtype.kind
+    if array.shape[2:] != (in_chans,) or not array.size or kind not in 'buif':
         raise ValueError(f'{array.dtype} {array.shape} are not numbers (H, W, {in_chans})')
     if array.dtype != np.uint8:
-        white = np.iinfo(array.dtype).max if array.dtype.kind in 'iu' else 1
+        white = max_value or (np.iinfo(array.dtype).max if kind in 'iu' else 1)
+        high = max_value or np.finfo(np.float32).max
         array = array.astype(np.float32)
-        largest = np.finfo(np.float32).max
-        check_values(array, 0 if max_value else -largest, max_value or largest)
-        array = array / (max_value or white)
+        check_values(array, 0 if max_value else -high, high)
+        array = array / white
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 
@@ -129,7 +135,7 @@ def check_values(array, low, high):
 def is_deep(content):
     """Whether a file has more than 8 bits a value, and what is white is not known from its type."""
     if content[:6] == NUMPY:
-        dtype = np.load(io.BytesIO(content), allow_pickle=False).dtype
+        dtype = np.load(io.BytesIO(content)).dtype
         return dtype.kind in 'iu' and dtype.itemsize > 1
     image = Image.open(io.BytesIO(content))  # colours of 16 bits open as RGB
     return image.mode[0] in 'IF' or ';16' in str(getattr(image, 'tile', ''))

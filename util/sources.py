@@ -3,24 +3,33 @@
 A source has len(s) images. s[i] is (image (C, H, W) uint8 or float in 0..1, label or -1), or raises
 ValueError, which starts with the path, if image i cannot be read. s.path(i) is its path, for
 people; s.name(i) are bytes that stay the same wherever the data lies. s.classes are the names of
-the classes, s.labels the labels (N,) int; both are None where they are not known.
+the classes, s.labels the labels (N,) int, -1 for none; both are None where no image has a label.
 """
 
+import contextlib
 import hashlib
 import os
-from collections import Counter
+import re
+from collections import defaultdict
 from functools import partial
 
 import numpy as np
-import torch
 import torchvision.datasets
+from torch.utils.data import Subset
+from torchvision.transforms.v2 import functional
 
 from util import files
 from util.distributed import world
-from util.errors import InputError
+from util.errors import InputError, as_input_error
 from util.files import choose_splits, image_paths, list_files, say, shorten  # noqa: F401
-from util.images import EXTENSIONS, decode, is_deep, pil_to_tensor
+from util.images import EXTENSIONS, decode, is_deep, reading
 from util.shapes import Shapes
+
+# A shard is a numbered piece of a set, x-train-0000 or 3-of-10; n01440764 is a class of ImageNet.
+SHARD = re.compile(r'(?!(?:.*/)?n\d{8}$)(.*?)[ ._-]*\d+(?:-of-\d+)?', re.DOTALL)
+
+ENDING = '|'.join(map(re.escape, EXTENSIONS))
+LINE = re.compile(rf'^(.*(?:{ENDING}))[\s,]+([^,\t]+)$', re.IGNORECASE)  # name, class, no more
 
 # --- The sources of a job -------------------------------------------------------------------------
 
@@ -33,17 +42,13 @@ def open_sources(args, sizes, labelled=False, only_val=False, opener=None):
     --data_path may be the validation images. opener, for segmentation: path -> both sources.
     Raises InputError if images or labels are missing, or none of those tried can be read.
     """
-    make = partial(Images, decode_options(args, sizes))
-    opener = opener or partial(open_source, args=args, sizes=sizes, make=make, labelled=labelled)
-    if only_val and args.val_path:
-        train, val = opener(args.val_path)
-    else:
-        train, val = opener(args.data_path)
-        if args.val_path:
-            whole, split = opener(args.val_path)
-            val = whole if split is None else split
-        elif val is None and args.val_share:
-            train, val = hold_out(train, args.val_share)
+    opener = opener or partial(open_source, args=args, sizes=sizes, labelled=labelled)
+    train, val = (None, None) if only_val and args.val_path else opener(args.data_path)
+    if args.val_path:
+        whole, split = opener(args.val_path)
+        val = whole if split is None else split
+    elif val is None and args.val_share:
+        train, val = hold_out(train, args.val_share)
     if only_val:
         train, val = None, train if val is None else val
     if labelled:
@@ -53,46 +58,49 @@ def open_sources(args, sizes, labelled=False, only_val=False, opener=None):
 
 def decode_options(args, sizes):
     """What util.images.decode is to know, from flags and the model's sizes."""
-    max_value = getattr(args, 'max_value', None)
     return {
         'in_chans': sizes['in_chans'],
         'background': tuple(args.background),
-        'max_value': max_value,
+        'max_value': args.max_value,
     }
 
 
-def open_source(path, args, sizes, make, labelled):
+def open_source(path, args, sizes, labelled):
     """(training images, validation images or None) of what --data_path or --val_path names."""
-    if not path:
-        raise InputError('--data_path: a folder, tar or list of images, torch/..., hf/..., shapes')
+    path = path or ''
+    kind = os.path.splitext(path)[1].lower()
     if path == 'shapes':
         return Shapes('train', sizes['img_size']), Shapes('val', sizes['img_size'])
     if path.startswith('torch/'):
-        pair = open_torchvision(path, args, make, labelled)
+        parts = open_torchvision(path, args, labelled)
     elif path.startswith('hf/'):
-        pair = open_table(path, args, make)
+        parts = open_table(path, args)
     elif os.path.isdir(path):
-        pair = open_folder(path, args, make, labelled)
-    elif path.lower().endswith('.tar'):
-        pair = open_tars(path, [], args, make, labelled)
+        parts = open_folder(path, args, labelled)
+    elif kind == '.tar':
+        parts = open_tars(path, [], args, labelled)
+    elif kind in ('.txt', '.csv', '.tsv'):
+        parts = [open_list(path, args)]
     else:
-        pair = open_list(path, args, make), None
+        raise InputError(
+            f'{path!r}: no folder, .tar, .txt or .csv, nor torch/NAME, hf/NAME or shapes; unpack '
+            'other archives'
+        )
+    pair = [Images(decode_options(args, sizes), *part) for part in parts]
     for source in pair:
-        if source is not None:
-            check_first(path, source)
-    return pair
+        check_first(path, source)
+    return (*pair, None)[:2]
 
 
 def check_first(path, source):
     """Read 16 images of a source. InputError if none is readable, or they are too dark."""
-    problem = 'a folder, .tar or text file is expected; unpack other archives'
-    shares = []  # of their range, what images use whose range the type does not tell
+    problem, shares = 'there is none', []  # of the range of more than 8 bits, what images use
     for index in range(0, len(source), 1 + len(source) // 16):
         try:
             image, _ = source[index]
-            content = source.read(source, index)
+            content = source.read(source.path(index))
             if isinstance(content, bytes) and is_deep(content):
-                shares.append(float(image.max()) / (255 if image.dtype == torch.uint8 else 1))
+                shares.append(float(functional.to_dtype(image, scale=True).max()))
         except ValueError as error:
             problem = error
     if source.dtype is None:
@@ -105,20 +113,18 @@ def check_first(path, source):
 
 
 def check_labelled(path, train, val):
-    """Prepare the labels of a classifier's sources, and print the classes. Raises InputError."""
+    """Check the labels of a classifier's sources, and print the classes. Raises InputError."""
     if val is None:
         raise InputError(f'{path} has no validation images; use --val_path or --val_share 0.1')
     first = val if train is None else train
     for source in (first, val):
-        if not source.classes or train is source and len(source.classes) < 2:
-            problem = 'only one class' if source.classes else 'no labels'
-            example = f'; {source.unlabelled} has none' if source.unlabelled else ''
+        labels = np.full(len(source), -1) if source.labels is None else source.labels
+        if labels.min() < 0 or source is train and len(source.classes) < 2:
             raise InputError(
-                f'{source.root}: {problem}{example}; use one folder per class, a list with path, '
-                'tab, class, or tars with .cls or .json files'
+                f'no labels, or only one class: {source.path(labels.argmin())}; use one folder per '
+                'class, a list with path, tab, class, or tars with .cls or .json files'
             )
-    if train is not None:
-        use_classes(val, train.classes)
+    use_classes(val, first.classes)
     classes, counts = first.classes, np.bincount(first.labels, minlength=len(first.classes))
     few, many = counts.argmin(), counts.argmax()
     trained = '' if train is None else f'{len(train)} images to train on, '
@@ -128,20 +134,20 @@ def check_labelled(path, train, val):
     )
 
 
-def use_classes(source, classes):
-    """Number a source's labels as in `classes`, of which it may lack some.
+def use_classes(val, classes):
+    """Number the labels of validation images as in `classes`, of which they may lack some.
 
-    Raises InputError if it has others.
+    Raises InputError if there are others.
     """
-    extra = sorted(set(source.classes) - set(classes))
+    extra = sorted(set(val.classes) - set(classes))
     if extra:
-        raise InputError(f'{source.root}: classes that the training images lack: {shorten(extra)}')
-    lacking = sorted(set(classes) - set(source.classes))
+        raise InputError(f'validation classes that the training images lack: {shorten(extra)}')
+    lacking = sorted(set(classes) - set(val.classes))
     if lacking:
-        say(f'{source.root}: no image of {len(lacking)} classes, {shorten(lacking)}')
+        say(f'no validation image of {len(lacking)} classes, {shorten(lacking)}')
     numbers = {name: number for number, name in enumerate(classes)}
-    table = np.array([numbers[name] for name in source.classes])
-    source.labels, source.classes = table[source.labels], list(classes)
+    table = np.array([numbers[name] for name in val.classes] + [-1])  # no label stays none
+    val.labels, val.classes = table[val.labels], list(classes)
 
 
 # --- Sources --------------------------------------------------------------------------------------
@@ -150,21 +156,16 @@ def use_classes(source, classes):
 class Images:
     """Images by number, with the options of decode.
 
-    names (N,) are bytes, relative to root; read(self, index) gives the bytes of a file or a PIL
-    image. Either class_names (N,), bytes, b'' for none, or labels (N,) may be there; classes are
-    the names in their order, where it is known.
+    names (N,) are bytes, relative to root; read(path) gives the bytes of a file or a PIL image.
+    labels (N,) number the classes from 0; -1 is none.
     """
 
-    def __init__(self, options, root, names, read, class_names=(), classes=None, labels=None):
+    def __init__(self, options, root, names, read, classes=None, labels=None):
         self.options, self.root, self.read = options, root, read
-        self.names = np.asarray(names, dtype=bytes)  # one buffer, which forked workers share
-        self.classes, self.labels = (None, None) if labels is None else (classes, labels)
-        self.unlabelled = None  # the path of the first without a class, where others have one
+        self.names = np.asarray(names).astype(bytes)  # one buffer, which forked workers share
+        known = labels is not None and labels.max(initial=-1) >= 0
+        self.classes, self.labels = (classes, labels) if known else (None, None)
         self.dtype = None  # of the first that is read
-        if len(class_names) and all(class_names):
-            self.classes, self.labels = files.number_classes(class_names, classes)
-        elif any(class_names):
-            self.unlabelled = self.path(list(class_names).index(b''))
 
     def __len__(self):
         return len(self.names)
@@ -176,40 +177,28 @@ class Images:
         return os.path.join(self.root, os.fsdecode(self.names[index]))
 
     def __getitem__(self, index):
-        try:
-            content = self.read(self, index)
-            to_tensor = decode if isinstance(content, bytes) else pil_to_tensor
-            image = to_tensor(content, **self.options)
+        path = self.path(index)
+        with reading(path):
+            image = decode(self.read(path), **self.options)
             self.dtype = self.dtype or image.dtype
             if image.dtype != self.dtype:
                 raise ValueError(f'values of {image.dtype} among images of {self.dtype}')
-        except Exception as error:  # decoders raise many kinds of error for a damaged file
-            problem = getattr(error, 'strerror', None) or ' '.join(str(error).split())
-            raise ValueError(f'{self.path(index)}: {problem}') from None
         return image, -1 if self.labels is None else int(self.labels[index])
 
 
-class Part:
+class Part(Subset):
     """Some images of a source."""
 
     def __init__(self, source, indices):
-        self.source, self.indices, self.classes = source, indices, source.classes
+        super().__init__(source, indices)
+        self.classes = source.classes
         self.labels = None if source.labels is None else source.labels[indices]
-        self.root = getattr(source, 'root', '')
-        self.unlabelled = getattr(source, 'unlabelled', None)
-
-    def __len__(self):
-        return len(self.indices)
 
     def name(self, index):
-        return self.source.name(self.indices[index])
+        return self.dataset.name(self.indices[index])
 
     def path(self, index):
-        return self.source.path(self.indices[index])
-
-    def __getitem__(self, index):
-        image, target = self.source[int(self.indices[index])]
-        return image, target if self.labels is None else int(self.labels[index])
+        return self.dataset.path(self.indices[index])
 
 
 def hold_out(source, share):
@@ -219,178 +208,181 @@ def hold_out(source, share):
     sides. At least one of a class is held out. Raises InputError if none would be left.
     """
     digests = (hashlib.blake2b(source.name(i), digest_size=8).digest() for i in range(len(source)))
-    hashes = np.array([int.from_bytes(digest, 'big') for digest in digests], dtype=np.uint64)
-    labels = np.full(len(source), -1) if source.labels is None else source.labels
+    hashes = np.frombuffer(b''.join(digests), dtype='>u8')
+    labels = source.labels
+    if labels is None or labels.min() < 0:  # some without a label: as if all were of one class
+        labels = np.zeros(len(source), dtype=int)
     held_out = np.zeros(len(source), dtype=bool)
     order = np.lexsort((hashes, labels))
     for members in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):  # of one class
         count = max(1, round(share * len(members)))
         held_out[members] = hashes[members] <= hashes[members[count - 1]]  # equal names together
         if held_out[members].all():
-            label = labels[members[0]]
-            which = f'the class {source.classes[label]}' if label >= 0 else 'the data'
-            raise InputError(f'--val_share {share:g} leaves no image of {which} to train on')
+            path = source.path(members[0])
+            raise InputError(f'--val_share {share:g} holds out all images of the class of {path}')
     return Part(source, np.flatnonzero(~held_out)), Part(source, np.flatnonzero(held_out))
 
 
-# --- Files ----------------------------------------------------------------------------------------
+# --- What there is: (root, names, read, classes, labels) of each split, as Images takes them ------
 
 
-def open_folder(path, args, make, labelled):
+def open_folder(path, args, labelled):
     """The images below a folder; if there are none, those in its tars, or in Parquet files."""
-    others = Counter()
-    names = list_files(path, EXTENSIONS, others)
-    if not names and others['.tar']:
-        return open_tars(path, list_files(path, ['.tar']), args, make, labelled)
-    if not names and (others['.parquet'] or others['.arrow']):
-        return open_table(path, args, make)
-    if others:
-        kinds = [f'{n} {kind or "without ending"}' for kind, n in others.most_common(6)]
-        say(f'{path}: left out: {", ".join(kinds)}')
-    return files.divide(path, names, make, labelled)
+    kinds = defaultdict(list)  # ending: names
+    for name in list_files(path, ['']):
+        kinds[os.fsdecode(os.path.splitext(name)[1]).lower()].append(name)
+    names = sorted(name for kind in EXTENSIONS for name in kinds.pop(kind, []))
+    if not names and '.tar' in kinds:
+        return open_tars(path, list(map(os.fsdecode, kinds['.tar'])), args, labelled)
+    if not names and kinds.keys() & {'.parquet', '.arrow'}:
+        return open_table(path, args)
+    if kinds:
+        counts = [f'{len(found)} {kind or "without ending"}' for kind, found in kinds.items()]
+        say(f'{path}: left out: {shorten(counts)}')
+    return divide(path, names, files.read_file, labelled)
 
 
-def open_tars(path, names, args, make, labelled):
+def open_tars(path, names, args, labelled):
     """The images in tars below a folder, or in one tar, as if they were unpacked there.
 
     Labels are those of WebDataset, if there are any; else folders are classes, except for shards.
     """
-    tars, shards = files.tar_folders(path, names) if names else ({path: ''}, False)
-    label_key = getattr(args, 'label_key', 'label')
-    names, places, labels = files.load_index(tars, args.download_dir, label_key)
-    labels = labels.tolist() if shards or any(labels) else None
-    return files.divide(path, names.tolist(), make, labelled, list(tars), places, labels)
+    folders = {} if names else {path: ''}
+    for name in names:
+        stem = name[: -len('.tar')]
+        match = SHARD.fullmatch(stem)
+        folder = os.path.join(match[1], os.path.basename(stem)) if match else stem
+        folders[os.path.join(path, name)] = folder
+    tars = files.Tars(path, folders, args)
+    labels = list(map(os.fsdecode, tars.labels))
+    labels = labels if any(labels) or any(map(SHARD.fullmatch, folders.values())) else None
+    return divide(path, tars.names.tolist(), tars.read, labelled, labels)
 
 
-def open_list(path, args, make):
-    """The images that a text file lists (files.read_list). A missing one is bad like any other.
+def divide(path, names, read, labelled, labels=None):
+    """The splits of the images below path, by sorted names. Without labels, folders are classes."""
+    for top, part in files.find_splits(path, names, labelled and labels is None):
+        kept = [name[len(os.fsencode(top)) :] for name in names[part]]
+        folders = [os.fsdecode(os.path.dirname(name).partition(b'/')[0]) for name in kept]
+        found = files.number_classes(labels[part] if labels else folders)
+        yield os.path.join(path, top), kept, read, *found
 
-    A path may lead into a tar: ILSVRC2012_img_val.tar/ILSVRC2012_val_00000001.JPEG.
+
+def open_list(path, args):
+    """The images on the lines of a text file. A missing one is bad like any other.
+
+    A line is a path, relative to the list or absolute, and after a tab, a comma or a space the
+    class, if it has one. '#' starts a comment. A header is left out. A path may lead into a tar:
+    ILSVRC2012_img_val.tar/ILSVRC2012_val_00000001.JPEG.
     """
-    lines = files.read_list(path)
-    names, labels = ([os.fsencode(line[part]) for line in lines] for part in (0, 1))
     root, read = os.path.dirname(path), files.read_file
-    tars = sorted({name.partition(b'.tar/')[0] + b'.tar' for name in names if b'.tar/' in name})
+    with as_input_error(path), open(path, encoding='utf-8-sig', errors='surrogateescape') as file:
+        lines = [line.strip() for line in file]
+    lines = [line for line in lines if line and line[0] != '#']
+    if [bool(re.search(ENDING, line, re.IGNORECASE)) for line in lines[:2]] == [False, True]:
+        del lines[0]
+    parts = [LINE.sub(r'\1\t\2', line).partition('\t') for line in lines]
+    names, labels = ([part[column].strip() for part in parts] for column in (0, 2))
+    tars = {name.partition('.tar/')[0] + '.tar' for name in names if '.tar/' in name}
     if tars:
-        tars = {os.path.join(root, os.fsdecode(tar)): os.fsdecode(tar) for tar in tars}
-        known, places, _ = files.load_index(tars, args.download_dir)
-        order = {name: row for row, name in enumerate(known.tolist())}
-        rows = [order.get(name) for name in names]
-        if None in rows:
-            raise InputError(f'{path}: no image {os.fsdecode(names[rows.index(None)])}')
-        read = partial(files.read_member, list(tars), places[rows])
-    return make(root, names, read, labels)
+        read = files.Tars(root, {os.path.join(root, tar): tar for tar in sorted(tars)}, args).read
+    return root, list(map(os.fsencode, names)), read, *files.number_classes(labels)
 
 
 # --- Data sets of libraries -----------------------------------------------------------------------
 
 
-def open_torchvision(path, args, make, labelled):
-    """torch/NAME: a torchvision.datasets class of (image, label) pairs, downloaded if need be.
+# The first of these that a data set knows are its arguments.
+TRAIN = [{'split': 'train+unlabeled'}, {'split': 'train'}, {'split': 'trainval'}, {'train': True}]
+VAL = [{'split': 'val'}, {'split': 'valid'}, {'split': 'test'}, {'train': False}]
+
+
+def open_torchvision(path, args, labelled):
+    """torch/NAME: a set of torchvision.datasets of (image, label) pairs, downloaded if need be.
 
     Unlabelled images beside the training images (STL-10) are trained on unless `labelled`.
     """
     known = {name.lower(): name for name in torchvision.datasets.__all__}
     name = known.get(path.removeprefix('torch/').replace('_', '').lower(), 'FakeData')
     create = partial(getattr(torchvision.datasets, name), root=args.download_dir)
-    trains = [] if labelled else ['train+unlabeled']
-    trains = [{'split': split} for split in [*trains, 'train', 'trainval']]
-    vals = [{'split': split} for split in ('val', 'valid', 'validation', 'test')]
-    train = create_torchvision(path, create, [*trains, {'train': True}, {}])
-    val = create_torchvision(path, create, [*vals, {'train': False}])
-    if train is None:
+    parts = []
+    for choices in ([*TRAIN[labelled:], {}], VAL):
+        dataset = create_torchvision(path, create, choices)
+        if dataset is not None:
+            read = partial(read_pair, dataset)
+            parts.append((path, range(len(dataset)), read, *find_labels(dataset)))
+    if not parts:
         raise InputError(f'{path}: torchvision has no such data set of labelled images')
-    return from_torchvision(path, train, make), val and from_torchvision(path, val, make)
+    return parts
 
 
 def create_torchvision(path, create, choices):
-    """The data set by the first arguments that it knows, or None. Raises InputError."""
-    downloads = [{}, {'download': True}] if world()[1] == 1 else [{}]  # processes would clash
     for arguments in choices:
-        problems = []
-        for download in downloads:
+        with (
+            reading(f'{path}: not in --download_dir, nor to be had (only without torchrun)'),
+            contextlib.suppress(TypeError, ValueError),  # no such argument, or no such split
+        ):
             try:
-                return create(**arguments, **download)
-            except (TypeError, ValueError):  # no such argument, or no split of that name
-                break
-            except (RuntimeError, OSError, ImportError) as error:  # SVHN needs scipy
-                problems.append(' '.join(str(getattr(error, 'reason', error)).split()))
-        else:
-            start = '' if len(downloads) > 1 else '; start once without torchrun'
-            raise InputError(f'{path}, in --download_dir: {"; ".join(problems)}{start}')
-    return None
+                return create(**arguments)
+            except (RuntimeError, OSError):
+                return create(**arguments, download=world()[1] == 1)  # processes would clash
 
 
-def from_torchvision(path, dataset, make):
-    labels = classes = None
+def find_labels(dataset):
+    """(classes, labels (N,)) of a data set of torchvision; (None, None) if it has none."""
+    labels = [label for *_, label in getattr(dataset, '_samples', ())]
     for name in ('targets', 'labels', '_labels', 'y'):  # they have no common name
-        found = np.asarray(getattr(dataset, name, ()))
-        if found.shape == (len(dataset),) and found.dtype.kind in 'iu':
-            labels = found.astype(np.int64)
-    if hasattr(dataset, '_samples'):
-        labels = np.array([label for *_, label in dataset._samples])
-    if labels is not None:
-        names = getattr(dataset, 'classes', None) or getattr(dataset, 'categories', None)
-        names = names or range(1 + labels.max())  # SVHN only numbers them
-        classes = [', '.join(name) if isinstance(name, tuple) else str(name) for name in names]
-    names = np.arange(len(dataset)).astype(bytes)
-    return make(path, names, partial(read_pair, dataset), classes=classes, labels=labels)
+        labels = np.asarray(getattr(dataset, name, labels))
+    if labels.shape != (len(dataset),) or labels.dtype.kind not in 'iu':
+        return None, None
+    names = getattr(dataset, 'classes', None) or getattr(dataset, 'categories', None)
+    names = names or range(1 + labels.max())  # SVHN only numbers them
+    names = [', '.join(name) if isinstance(name, tuple) else str(name) for name in names]
+    return names, labels.astype(np.int64)
 
 
-def read_pair(dataset, source, index):
-    return dataset[index][0]
+def read_pair(dataset, path):
+    return dataset[int(os.path.basename(path))][0]
 
 
-def open_table(path, args, make):
+def open_table(path, args):
     """hf/NAME[:CONFIG] on the Hugging Face hub, or a folder of Parquet or Arrow files."""
     local = os.listdir(path) if os.path.isdir(path) else []
-    name, _, config = (path, '', '') if local else path.removeprefix('hf/').partition(':')
-    try:
+    with reading(path):
         import datasets
 
-        if 'state.json' in local or 'dataset_dict.json' in local:  # by save_to_disk
+        if {'state.json', 'dataset_dict.json'} & set(local):  # by save_to_disk
             tables = datasets.load_from_disk(path)
         else:
-            tables = datasets.load_dataset(name, config or None)
-    except Exception as error:  # it raises many kinds
-        problem = ' '.join(str(error).split()) or type(error).__name__
-        raise InputError(f'{path}: {problem}') from None
-    tables = tables if isinstance(tables, dict) else {'train': tables}
-    splits = choose_splits(tables) or list(tables)[:1]
-    key = getattr(args, 'label_key', 'label')
-    splits = splits[:1] + splits[1:][-1:]
-    return (*(from_table(path, split, tables[split], key, make) for split in splits), None)[:2]
+            tables = datasets.load_dataset(*[path] if local else path[len('hf/') :].split(':'))
+        tables = tables if isinstance(tables, dict) else {'train': tables}
+        splits = choose_splits(tables)
+        splits = splits if len(splits) == 2 else list(tables)[:1]
+        return [from_table(path, split, tables[split], args.label_key) for split in splits]
 
 
-def from_table(path, split, table, key, make):
+def from_table(path, split, table, key):
     """The images in the first column of type Image, or else in `image` or `img`, as bytes or paths.
 
     Paths are relative to `path`. The classes are the column `key`, or else the first ClassLabel.
     """
     from datasets import ClassLabel, Image
 
-    features, root = table.features, f'{path}/{split}'
-    columns = [name for name in features if isinstance(features[name], Image)]
-    columns += [name for name in ('image', 'img') if name in features]
-    if not columns:
-        raise InputError(f'{root}: no image in {shorten(table.column_names)}')
-    keys = [key] if key in features else []
-    keys += [name for name in features if isinstance(features[name], ClassLabel)]
-    classes, class_names = None, ()
-    if keys:
-        class_names = table.select_columns(keys[:1])[:][keys[0]]
-        if isinstance(features[keys[0]], ClassLabel):
-            classes = features[keys[0]].names
-            class_names = [classes[n] if n is not None and n >= 0 else '' for n in class_names]
-        class_names = [files.as_class(name) for name in class_names]
-    names = np.arange(len(table)).astype(bytes)
-    table = table.select_columns(columns[:1]).cast_column(columns[0], Image(decode=False))
-    return make(root, names, partial(read_cell, table, path), class_names, classes)
+    kinds, classes, labels = table.features, None, None
+    image = 'img' if 'img' in kinds else 'image'
+    image = next((name for name in kinds if isinstance(kinds[name], Image)), image)
+    if key not in kinds:
+        key = next((name for name in kinds if isinstance(kinds[name], ClassLabel)), None)
+    if key and isinstance(kinds[key], ClassLabel):
+        classes = kinds[key].names
+        labels = np.array([-1 if label is None else label for label in table[key]])
+    elif key:
+        classes, labels = files.number_classes(list(map(files.as_class, table[key])))
+    images = table.select_columns(image).cast_column(image, Image(decode=False))
+    read = partial(read_cell, images, path)
+    return f'{path}/{split}', range(len(images)), read, classes, labels
 
 
-def read_cell(table, folder, source, index):
-    (cell,) = table[int(index)].values()
-    if cell['bytes'] is not None:
-        return cell['bytes']
-    with open(os.path.join(folder, cell['path']), 'rb') as file:
-        return file.read()
+def read_cell(table, folder, path):
+    (cell,) = table[int(os.path.basename(path))].values()
+    return cell['bytes'] or files.read_file(os.path.join(folder, cell['path']))
