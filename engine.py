@@ -35,7 +35,7 @@ class Run:
     def __init__(
         self, args, schedule, settings, model, optimizer, device, classes=None, compare_batch=False
     ):
-        self.args, self.schedule, self.device = args, schedule, device
+        self.args, self.schedule, self.settings, self.device = args, schedule, settings, device
         self.model, self.optimizer = model, optimizer
         self.autocast, self.scaler = mixed_precision(args.amp, device)
         self.fp16_scaler = self.scaler if self.scaler.get_scale() != 1.0 else None
@@ -56,7 +56,12 @@ class Run:
         self.step = self.saver.resume()
         distributed.check_equal({'the step to resume (is --output_dir shared?)': self.step})
         self.network = distributed.wrap(model, device, args.compile)
-        self.log = Log(args, schedule, device, self.step)
+        self.log = Log(self)
+
+    def loader(self, samples):
+        """The batches that are left, of this process."""
+        keys = data.BatchStream(self.schedule, self.args.seed, self.step)
+        return data.Loader(samples, keys, self.device, self.settings, self.args.num_workers)
 
     def epochs(self):
         """The epochs that are left, from 1.
@@ -128,7 +133,7 @@ def train_epoch(run, loss_fn, loader, epoch):
         optim.set_learning_rate(run.optimizer, schedule, step)
         loss, norm = optimizer_step(run, loss_fn, loader)
         run.step = step + 1
-        run.log.step(run.step, loss, norm, run.optimizer, loader, run.fp16_scaler)
+        run.log.step(loss, norm, loader)
         if run.stop():
             run.save_and_exit()
         run.saver.save_if_due(run.step)

@@ -101,8 +101,7 @@ def main(args):
     by_batch = mixing or args.drop_path > 0
     run = engine.Run(args, schedule, settings, model, optimizer, device, classes, by_batch)
     run.log.say('\n'.join([f'Fine-tuning; {origin}', *settings.notes]))
-    keys = data.BatchStream(schedule, args.seed, run.step)
-    loader = data.Loader(train_set, keys, device, settings, args.num_workers)
+    loader = run.loader(train_set)
     val_loader = engine_classify.classes_loader(args, device, val_source, settings)
     if mixing:
         mixup = Mixup(

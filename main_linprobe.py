@@ -64,8 +64,7 @@ def main(args):
     optimizer = create_lars(model.head, schedule.lr, args.momentum, args.weight_decay)
     run = engine.Run(args, schedule, settings, model, optimizer, device, classes, True)
     run.log.say('\n'.join([f'Linear probe; {origin}', *settings.notes]))
-    keys = data.BatchStream(schedule, args.seed, run.step)
-    loader = data.Loader(train_set, keys, device, settings, args.num_workers)
+    loader = run.loader(train_set)
     val_loader = engine_classify.classes_loader(args, device, val_source, settings)
     criterion = engine_classify.create_criterion(args, train_source, device)
 

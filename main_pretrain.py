@@ -65,8 +65,7 @@ def main(args, build=MaskedAutoencoderMFF):
     optimizer = optim.create_adamw(args, groups, schedule.lr, device)
     run = engine.Run(args, schedule, settings, model, optimizer, device)
     run.log.say('\n'.join([f'Fusing blocks {list(model.fuse_layers)}; {origin}', *settings.notes]))
-    keys = data.BatchStream(schedule, args.seed, run.step)
-    loader = data.Loader(train_set, keys, device, settings, args.num_workers)
+    loader = run.loader(train_set)
     if val_source:
         val_loader = engine.evaluation_loader(args, device, val_set, settings)
     if args.knn_every:

@@ -27,29 +27,29 @@ class Log:
     resumed run drops the entries after the step it resumes from, here and in TensorBoard.
     """
 
-    def __init__(self, args, schedule, device, start):
-        self.args, self.schedule, self.device = args, schedule, device
+    def __init__(self, run):
+        self.run, self.args, start = run, run.args, run.step
         self.failed, self.skipped = False, 0
         self.enabled = distributed.is_first()
         if not self.enabled:
             return
         from torch.utils.tensorboard import SummaryWriter  # a second to import, for one process
 
-        path = os.path.join(args.output_dir, 'log.jsonl')
+        path = os.path.join(self.args.output_dir, 'log.jsonl')
         versions = {module.__name__: module.__version__ for module in (torch, torchvision, timm)}
         versions['python'] = platform.python_version()
-        header = {'command': shlex.join(sys.argv), **versions, 'args': vars(args)}
+        header = {'command': shlex.join(sys.argv), **versions, 'args': vars(self.args)}
         with as_input_error(path):
             lines = [json.dumps(header), *map(json.dumps, entries_before(path, start))]
             with open(f'{path}.tmp', 'w') as file:
                 file.writelines(f'{line}\n' for line in lines)
             os.replace(f'{path}.tmp', path)
             self.file = open(path, 'a')
-        self.board = SummaryWriter(args.output_dir, purge_step=start + 1 if start else 0)
+        self.board = SummaryWriter(self.args.output_dir, purge_step=start + 1 if start else 0)
         self.board.add_text('run', json.dumps(header), start)
         self.on_terminal = sys.stderr.isatty()
         self.bar = tqdm(
-            total=schedule.total_steps,
+            total=run.schedule.total_steps,
             initial=start,
             unit='step',
             dynamic_ncols=True,
@@ -68,8 +68,8 @@ class Log:
         """Steps follow: what came before them, such as an evaluation, is not their time."""
         self.losses, self.norms, self.began = [], [], time.perf_counter()
 
-    def step(self, done, loss, norm, optimizer, loader, fp16_scaler=None):
-        """Step `done` is done; loss and norm are on the device. Every --log_every steps, an entry.
+    def step(self, loss, norm, loader):
+        """A step is done; loss and norm are on the device. Every --log_every steps, an entry.
 
         Raises:
             FloatingPointError: after MAX_SKIPPED updates in a row that were not finite.
@@ -79,41 +79,42 @@ class Log:
         self.norms.append(norm)
         if self.enabled:
             self.bar.update()
-        if done % self.args.log_every and done % self.schedule.steps_per_epoch:
-            if done != self.schedule.total_steps:
+        run, schedule, done = self.run, self.run.schedule, self.run.step
+        if done % self.args.log_every and done % schedule.steps_per_epoch:
+            if done != schedule.total_steps:
                 return
         sums = torch.stack([*self.losses, torch.full_like(loss, loader.num_bad)]).float()
         *losses, bad = distributed.sum_over_processes(sums).tolist()  # waits for the device
         norms = torch.stack(self.norms).tolist()
-        seconds, on_gpu = time.perf_counter() - self.began, self.device.type == 'cuda'
+        seconds, on_gpu = time.perf_counter() - self.began, run.device.type == 'cuda'
         waited = sum(a.elapsed_time(b) / 1000 if on_gpu else b - a for a, b in loader.waits)
         world_size = distributed.world()[1]
         used = [loss / world_size for loss, norm in zip(losses, norms) if math.isfinite(norm)]
         values = {
             'loss': sum(used) / len(used) if used else math.nan,
-            'lr': max(group['lr'] for group in optimizer.param_groups),
+            'lr': max(group['lr'] for group in run.optimizer.param_groups),
             'grad_norm': norms[-1],
-            'images_per_s': len(losses) * self.schedule.total_batch_size / seconds,
+            'images_per_s': len(losses) * schedule.total_batch_size / seconds,
             'data_wait': waited / seconds,
-            **({'loss_scale': fp16_scaler.get_scale()} if fp16_scaler else {}),
+            **({'loss_scale': run.scaler.get_scale()} if run.fp16_scaler else {}),
             **({'bad_images': int(bad)} if bad else {}),
             **({'skipped': len(losses) - len(used)} if len(used) < len(losses) else {}),
         }
         self.entry(done, values)
         loader.check_bad(int(bad))
-        self.check_skipped(done, norms)
+        self.check_skipped(norms)
         loader.waits.clear()
         self.begin()
 
-    def check_skipped(self, done, norms):
+    def check_skipped(self, norms):
         """Count the latest updates in a row that were skipped."""
         for norm in norms:
             self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
             if self.skipped == MAX_SKIPPED:
                 raise FloatingPointError(
-                    f'{MAX_SKIPPED} updates in a row, near step {done}, were skipped because loss '
-                    'or gradient was not finite; try --force_resume with --amp bf16 or none, a '
-                    'lower --blr, or --clip_grad 1'
+                    f'{MAX_SKIPPED} updates in a row, near step {self.run.step}, were skipped: '
+                    'loss or gradient was not finite; try --force_resume with --amp bf16 or none, '
+                    'a lower --blr, or --clip_grad 1'
                 )
 
     # --- Entries ----------------------------------------------------------------------------------
@@ -122,7 +123,7 @@ class Log:
         """Write {name: number} of the moment after `step` steps."""
         if not self.enabled or not values:
             return
-        epoch = step / self.schedule.steps_per_epoch
+        epoch = step / self.run.schedule.steps_per_epoch
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         with self.tolerate_full_disk():
             line = {'step': step, 'epoch': round(epoch, 4), **finite}
