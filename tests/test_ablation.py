@@ -1,13 +1,13 @@
 """The paper's alternatives, computed a second way; runs and report of an ablation; a rehearsal."""
 
 import json
-import math
 import os
 import signal
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, Processes, Result, same_weights, wait_for
 from test_model import SMALL, relative
 
@@ -23,57 +23,44 @@ from util.errors import InputError, RunError
 # --- Alternatives ---------------------------------------------------------------------------------
 
 
-def shaken(**choices):
-    """A small model with these choices, its parameters moved away from the symmetric start."""
-    torch.manual_seed(1)
-    model = VariantMFF(**{**SMALL, **choices})
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def linear(s, name, x):
-    return x @ s[f'{name}.weight'].T + s[f'{name}.bias']
-
-
-def plain_fuse(s, levels, fuse_proj, fusion, heads=3):
-    """z (N, T, D) by the formulas, from the state s; levels: K tensors (N, T, D)."""
+def fused_by_torch(s, levels, fuse_proj, fusion, heads=3):
+    """z (N, T, D) by torch's functions, from the state s; levels: K tensors (N, T, D)."""
     y = [*levels]
     for k, x in enumerate(levels[:-1]):
-        if fuse_proj == 'linear':
-            y[k] = linear(s, f'fuse_projs.{k}', x)
-        elif fuse_proj == 'mlp':
-            hidden = linear(s, f'fuse_projs.{k}.0', x)
-            hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
-            y[k] = linear(s, f'fuse_projs.{k}.2', hidden)
-    if fusion == 'average':
-        weights = s['fuse_logits'].flatten().exp()
-        return sum(w / weights.sum() * x for w, x in zip(weights, y))
-    if fusion == 'uniform':
-        return sum(y) / len(y)
-    normed = []
-    for x in y:
-        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
-        normed.append(x * s['fuse_norm.weight'] + s['fuse_norm.bias'])
-    q, k, v = zip(*(linear(s, 'fuse_attn.qkv', x).chunk(3, dim=-1) for x in normed))
-    out = []
-    for i in range(len(y)):  # each level asks all levels of the same token, head by head
-        parts = []
-        for head in torch.arange(y[0].shape[-1]).chunk(heads):
-            products = [(q[i] * key)[..., head].sum(-1, keepdim=True) for key in k]
-            shares = [(product / math.sqrt(len(head))).exp() for product in products]
-            parts.append(sum(a * value[..., head] for a, value in zip(shares, v)) / sum(shares))
-        out.append(y[i] + linear(s, 'fuse_attn.proj', torch.cat(parts, dim=-1)))
-    return sum(out) / len(out)
+        for name in {'linear': [''], 'mlp': ['0.', '2.'], 'none': []}[fuse_proj]:
+            x = F.gelu(x) if name == '2.' else x
+            x = F.linear(x, *(s[f'fuse_projs.{k}.{name}{kind}'] for kind in ('weight', 'bias')))
+        y[k] = x
+    if fusion != 'attention':
+        logits = s['fuse_logits'] if fusion == 'average' else torch.zeros(len(y))
+        return torch.einsum('k,kntd->ntd', logits.flatten().softmax(0), torch.stack(y))
+    D = y[0].shape[-1]
+    norm = torch.nn.LayerNorm(D, eps=1e-6)
+    norm.load_state_dict({kind: s[f'fuse_norm.{kind}'] for kind in ('weight', 'bias')})
+    attention = torch.nn.MultiheadAttention(D, heads, batch_first=True)
+    parts = {'in_proj_': 'qkv.', 'out_proj.': 'proj.'}
+    attention.load_state_dict({
+        theirs + kind: s[f'fuse_attn.{ours}{kind}']
+        for theirs, ours in parts.items()
+        for kind in ('weight', 'bias')
+    })  # fmt: skip
+    fused = torch.empty_like(y[0])
+    for place in range(y[0].shape[1]):  # the levels of a token are the sequence
+        x = torch.stack([level[:, place] for level in y], dim=1)  # (N, K, D)
+        fused[:, place] = (x + attention(*[norm(x)] * 3)[0]).mean(1)
+    return fused
 
 
 @pytest.mark.parametrize('fuse_proj', variants.CHOICES['fuse_proj'])
 @pytest.mark.parametrize('fusion', variants.CHOICES['fusion'])
 def test_projection_and_fusion_are_the_formula(fuse_proj, fusion):
-    model = shaken(fuse_proj=fuse_proj, fusion=fusion)
-    levels = [torch.randn(2, 5, 24) for _ in range(3)]
-    expected = plain_fuse(model.state_dict(), levels, fuse_proj, fusion)
+    torch.manual_seed(1)
+    model = VariantMFF(**SMALL, fuse_proj=fuse_proj, fusion=fusion)
+    with torch.no_grad():
+        for parameter in model.parameters():  # away from the symmetric start
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        levels = [torch.randn(2, 5, 24) for _ in range(3)]
+        expected = fused_by_torch(model.state_dict(), levels, fuse_proj, fusion)
     assert relative(model.fuse(levels), expected) < 1e-5
     assert len(model.fusion_weights) == (0 if fusion == 'attention' else 3)
     model(torch.randn(2, 3, 32, 32))[0].backward()
@@ -81,47 +68,29 @@ def test_projection_and_fusion_are_the_formula(fuse_proj, fusion):
     assert ('fuse_logits' in dict(model.named_parameters())) == (fusion == 'average')
 
 
-@pytest.mark.parametrize('size', [(32, 32), (16, 40)])
+@pytest.mark.parametrize('size', [(224, 224), (16, 40)])
 def test_target_is_pixmims(size):
-    """|IFFT2(fftshift(FFT2(x)) M)| of the un-normalised image, M a disc; here sums of waves."""
-    mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-    model = shaken(target='lowpass', mean=mean, std=std, img_size=size)
-    mean, std = np.array(mean).reshape(3, 1, 1), np.array(std).reshape(3, 1, 1)
+    """|IFFT2(fftshift(FFT2(x)) M)| of the un-normalised image, M a disc of radius 40 at 224."""
+    mean, std, sizes = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), SMALL | {'img_size': size}
+    model = VariantMFF(**sizes, target='lowpass', mean=mean, std=std)
+    rows, columns = ((np.arange(side) - (side - 1) / 2) * 224 / side for side in size)
+    disc = np.hypot(rows[:, None], columns) <= 40
     pixels = np.random.default_rng(0).random((3, *size))
-    (H, W), (rows, columns) = size, np.mgrid[: size[0], : size[1]]
-
-    def wave(f, g):
-        return np.exp(2j * np.pi * (f * rows / H + g * columns / W))
-
-    kept = np.zeros((3, *size), dtype=complex)
-    for u in range(H):
-        for v in range(W):
-            if ((u - (H - 1) / 2) / H) ** 2 + ((v - (W - 1) / 2) / W) ** 2 <= (40 / 224) ** 2:
-                # The frequency at (u, v) once zero is in the middle
-                amplitude = (pixels * wave(H // 2 - u, W // 2 - v)).sum((1, 2), keepdims=True)
-                kept += amplitude * wave(u, v) / (H * W)
+    spectrum = np.fft.fftshift(np.fft.fft2(pixels), axes=(1, 2))
+    mean, std = np.array(mean).reshape(3, 1, 1), np.array(std).reshape(3, 1, 1)
+    expected = (np.abs(np.fft.ifft2(spectrum * disc)) - mean) / std
     imgs = torch.from_numpy((pixels - mean) / std).float()[None]
-    expected = torch.from_numpy((np.abs(kept) - mean) / std).float()
     target = model.target_image(imgs)
-    assert relative(target[0], expected) < 1e-5 and relative(target, imgs) > 0.1
+    assert relative(target[0], torch.from_numpy(expected).float()) < 1e-5
     loss, pred, mask = model(imgs)  # the loss is the plain model's against that target
-    plain = MaskedAutoencoderMFF(**{**SMALL, 'img_size': size})
-    assert torch.equal(loss, plain.forward_loss(target, pred, mask))
-    rows, columns = np.mgrid[:224, :224] - 111.5
-    disc = torch.tensor(np.hypot(rows, columns) <= 40).float()
-    assert torch.equal(variants.low_frequencies(224, 224), disc)
+    assert torch.equal(loss, MaskedAutoencoderMFF(**sizes).forward_loss(target, pred, mask))
 
 
 def test_the_first_choices_are_the_papers_own():
-    models = []
+    losses = []
     for kind in (VariantMFF, MaskedAutoencoderMFF):
         torch.manual_seed(0)
-        models.append(kind(**SMALL))
-    imgs = torch.randn(2, 3, 32, 32)
-    losses = []
-    for model in models:
-        torch.manual_seed(1)
-        losses.append(model(imgs)[0])
+        losses.append(kind(**SMALL)(torch.randn(2, 3, 32, 32))[0])
     assert torch.equal(*losses)
     with pytest.raises(ValueError, match='several'):
         VariantMFF(fusion='uniform', **{**SMALL, 'fuse_layers': (3,)})
@@ -220,14 +189,6 @@ def test_a_run_is_trained_measured_and_fine_tuned_once(jobs, ablate, capsys):
     assert len(jobs) == len(started) and 'done before' in capsys.readouterr().out
 
 
-def test_variants_are_told_apart(jobs, ablate):
-    ablate('--variants', *run.VARIANTS, '--seeds', '0')
-    trained = [args for job, args in jobs if job == 'ablation.pretrain']
-    told = {(str(a.fuse_layers), a.crop, a.fuse_proj, a.fusion, a.target) for a in trained}
-    assert len(told) == len(trained) == len(run.VARIANTS) - 1
-    assert [args.fuse_layers for args in trained[:2]] == [[5], None]
-
-
 def test_one_failure_does_not_lose_the_others(jobs, ablate):
     both = ['--variants', 'MAE', 'MFF', '--seeds', '0', '1']
     with pytest.raises(RunError, match='1 of 4 runs failed'):
@@ -252,11 +213,14 @@ def test_a_stopped_ablation_saves(folder, tmp_path):
 
 @pytest.mark.parametrize('path', sorted(ROOT.glob('recipes/ablation_*.txt')), ids=lambda p: p.stem)
 def test_recipes(path):
-    """Every flag of a recipe is one of the job that it is for."""
+    """Every flag is one of the job that it is for, and the variants are all different."""
     args = run.get_parser().parse_args([f'@{path}', '--data_path', 'CIFAR10'])
-    assert pretrain.get_parser().parse_args(run.pretrain_flags(args, 'MFF')).knn_every
     features.get_parser().parse_args([*args.model_flags, *args.measure_flags])
     main_finetune.get_parser().parse_args([*args.model_flags, *(args.finetune_flags or [])])
+    flags = [run.pretrain_flags(args, variant) for variant in run.VARIANTS if variant != 'random']
+    parsed = [pretrain.get_parser().parse_args(words) for words in flags]
+    assert len({str(sorted(vars(args).items(), key=str)) for args in parsed}) == len(parsed)
+    assert parsed[0].knn_every and parsed[0].fuse_layers[0] in (3, 5, 11)  # MAE: the last block
 
 
 # --- Report ---------------------------------------------------------------------------------------
@@ -304,11 +268,8 @@ def test_report_of_known_numbers(results, capsys):
     assert table[-2:] == ['the command  ', 'a CPU; torch 0']
     assert (results / 'summary.png').stat().st_size > 5000
     _, axes = report.make_figure(report.read_results(results), report.MEASURES).axes
-    lines = {}
-    for line in axes.lines:
-        lines.setdefault(line.get_color(), []).append(list(line.get_ydata()))
-    assert lines['C1'] == [[10, 30, 41], [10, 30, 43], [10, 30, 45], [10, 30, 43]]  # last: the mean
-    assert lines['grey'][0][0] == 10 and len(lines['C0']) == 4
+    lines = [list(line.get_ydata()) for line in axes.lines if line.get_color() == 'C1']
+    assert lines == [[10, 30, 41], [10, 30, 43], [10, 30, 45], [10, 30, 43]]  # last: the mean
     with pytest.raises(InputError, match='no results'):
         report.write_report(results / 'nothing')
 
