@@ -111,8 +111,7 @@ def find_splits(path, names, labelled):
     to what its names begin with, unless it is the only class. Raises InputError if it is not clear
     which folders are splits; where folders are classes (`labelled`), also if all hold the same.
     """
-    holding = {name.rpartition(b'/')[0] for name in names}  # folders that hold images
-    holding = [tuple(filter(None, os.fsdecode(folder).split('/'))) for folder in holding]
+    holding = list({tuple(os.fsdecode(name).split('/')[:-1]) for name in names})
     tree = defaultdict(set)  # folder: the folders in it
     for folder in holding:
         for depth, name in enumerate(folder):

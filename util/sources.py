@@ -122,7 +122,7 @@ def check_labelled(path, train, val):
         if labels.min() < 0 or source is train and len(source.classes) < 2:
             raise InputError(
                 f'no labels, or only one class: {source.path(labels.argmin())}; use one folder per '
-                'class, a list with path, tab, class, or tars with .cls or .json files'
+                'class, a list with path, tab, class, or shards or parquet with --label_key'
             )
     use_classes(val, first.classes)
     classes, counts = first.classes, np.bincount(first.labels, minlength=len(first.classes))
@@ -305,23 +305,22 @@ def open_torchvision(path, args, labelled):
     known = {name.lower(): name for name in torchvision.datasets.__all__}
     name = known.get(path.removeprefix('torch/').replace('_', '').lower(), 'FakeData')
     create = partial(getattr(torchvision.datasets, name), root=args.download_dir)
-    parts = []
-    for choices in ([*TRAIN[labelled:], {}], VAL):
-        dataset = create_torchvision(path, create, choices)
-        if dataset is not None:
-            read = partial(read_pair, dataset)
-            parts.append((path, range(len(dataset)), read, *find_labels(dataset)))
-    if not parts:
+    choices = [*TRAIN[labelled:], {}], VAL
+    found = [create_torchvision(path, create, arguments) for arguments in choices]
+    if found[0] is None:
         raise InputError(f'{path}: torchvision has no such data set of labelled images')
-    return parts
+    return [
+        (path, range(len(dataset)), partial(read_pair, dataset), *find_labels(dataset))
+        for dataset in filter(None, found)
+    ]
 
 
 def create_torchvision(path, create, choices):
+    """The data set by the first arguments that it knows, or None. Raises InputError."""
+    problem = f'{path}: not in --download_dir, nor to be had (only without torchrun)'
     for arguments in choices:
-        with (
-            reading(f'{path}: not in --download_dir, nor to be had (only without torchrun)'),
-            contextlib.suppress(TypeError, ValueError),  # no such argument, or no such split
-        ):
+        # suppressed is what says that there is no such argument, or no such split
+        with reading(problem), contextlib.suppress(TypeError, ValueError):
             try:
                 return create(**arguments)
             except (RuntimeError, OSError):
@@ -330,15 +329,12 @@ def create_torchvision(path, create, choices):
 
 def find_labels(dataset):
     """(classes, labels (N,)) of a data set of torchvision; (None, None) if it has none."""
-    labels = [label for *_, label in getattr(dataset, '_samples', ())]
-    for name in ('targets', 'labels', '_labels', 'y'):  # they have no common name
-        labels = np.asarray(getattr(dataset, name, labels))
+    names = [name for name in ('targets', 'labels', '_labels') if hasattr(dataset, name)]
+    labels = np.asarray(getattr(dataset, names[0]) if names else ())
     if labels.shape != (len(dataset),) or labels.dtype.kind not in 'iu':
         return None, None
-    names = getattr(dataset, 'classes', None) or getattr(dataset, 'categories', None)
-    names = names or range(1 + labels.max())  # SVHN only numbers them
-    names = [', '.join(name) if isinstance(name, tuple) else str(name) for name in names]
-    return names, labels.astype(np.int64)
+    classes = getattr(dataset, 'classes', range(1 + labels.max()))  # SVHN only numbers them
+    return list(map(str, classes)), labels.astype(np.int64)
 
 
 def read_pair(dataset, path):
@@ -346,41 +342,34 @@ def read_pair(dataset, path):
 
 
 def open_table(path, args):
-    """hf/NAME[:CONFIG] on the Hugging Face hub, or a folder of Parquet or Arrow files."""
-    local = os.listdir(path) if os.path.isdir(path) else []
+    """hf/NAME[:CONFIG] on the Hugging Face hub, or a folder of Parquet or Arrow files.
+
+    The images are the first column of type Image, or else `image`: bytes, or paths relative to
+    `path`. The classes are the column --label_key.
+    """
+    local, parts = os.listdir(path) if os.path.isdir(path) else [], []
     with reading(path):
-        import datasets
+        from datasets import ClassLabel, Image, load_dataset, load_from_disk
 
         if {'state.json', 'dataset_dict.json'} & set(local):  # by save_to_disk
-            tables = datasets.load_from_disk(path)
+            tables = load_from_disk(path)
         else:
-            tables = datasets.load_dataset(*[path] if local else path[len('hf/') :].split(':'))
+            tables = load_dataset(*[path] if local else path[len('hf/') :].split(':'))
         tables = tables if isinstance(tables, dict) else {'train': tables}
         splits = choose_splits(tables)
-        splits = splits if len(splits) == 2 else list(tables)[:1]
-        return [from_table(path, split, tables[split], args.label_key) for split in splits]
-
-
-def from_table(path, split, table, key):
-    """The images in the first column of type Image, or else in `image` or `img`, as bytes or paths.
-
-    Paths are relative to `path`. The classes are the column `key`, or else the first ClassLabel.
-    """
-    from datasets import ClassLabel, Image
-
-    kinds, classes, labels = table.features, None, None
-    image = 'img' if 'img' in kinds else 'image'
-    image = next((name for name in kinds if isinstance(kinds[name], Image)), image)
-    if key not in kinds:
-        key = next((name for name in kinds if isinstance(kinds[name], ClassLabel)), None)
-    if key and isinstance(kinds[key], ClassLabel):
-        classes = kinds[key].names
-        labels = np.array([-1 if label is None else label for label in table[key]])
-    elif key:
-        classes, labels = files.number_classes(list(map(files.as_class, table[key])))
-    images = table.select_columns(image).cast_column(image, Image(decode=False))
-    read = partial(read_cell, images, path)
-    return f'{path}/{split}', range(len(images)), read, classes, labels
+        for split in splits if len(splits) == 2 else list(tables)[:1]:
+            table, labels, classes = tables[split], None, None
+            kinds, key = table.features, args.label_key
+            if isinstance(kinds.get(key), ClassLabel):
+                classes = kinds[key].names
+                labels = np.array([-1 if label is None else label for label in table[key]])
+            elif key in kinds:
+                classes, labels = files.number_classes(list(map(files.as_class, table[key])))
+            image = next((name for name in kinds if isinstance(kinds[name], Image)), 'image')
+            cells = table.select_columns(image).cast_column(image, Image(decode=False))
+            read = partial(read_cell, cells, path)
+            parts.append((f'{path}/{split}', range(len(table)), read, classes, labels))
+    return parts
 
 
 def read_cell(table, folder, path):
