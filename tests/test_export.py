@@ -342,7 +342,7 @@ def test_mistakes_get_one_line_and_code_2(finetune, tmp_path, capsys):
         ([tmp_path / 'missing.pth', out], 'missing.pth: No such file'),
         ([tmp_path / 'bare.pth', out], 'bare.pth: not of pre-training or a classifier'),
         ([tmp_path / 'heads.pth', out], 'heads.pth: embed_dim 64 .* num_heads 7'),
-        ([classifier, out, '--transformers'], 'checkpoint-last.pth: a classifier'),
+        ([classifier, out, '--transformers'], 'checkpoint-last.pth: not of pre-training'),
         ([path, '/dev/null/out'], '/dev/null/out: Not a directory'),
     ]:
         capsys.readouterr()

@@ -13,8 +13,8 @@ import os
 import re
 import tempfile
 from pathlib import Path
-from string import Template
 
+from jinja2 import Template
 from safetensors.torch import save
 
 from models_mff import ENCODER, create_encoder
@@ -47,62 +47,33 @@ HUB_NAMES = [  # our names -> those of transformers' files on the hub, which all
     (r'\.mlp\.fc2\.', '.output.dense.'),
 ]
 
-TIMM_SNIPPET = """import timm
-from PIL import Image, ImageOps
-
-model = timm.create_model('hf-hub:USER/NAME', pretrained=True).eval()  # or 'local-dir:FOLDER'
-prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-$image
-output = model(prepare(image)[None])  # $output"""
-
-TRANSFORMERS_SNIPPET = """from PIL import Image, ImageOps
-from transformers import AutoImageProcessor, $name
-
-model = $name.from_pretrained('USER/NAME'$options).eval()  # or 'FOLDER'
-prepare = AutoImageProcessor.from_pretrained('USER/NAME')
-$image
-output = model(**prepare(image, return_tensors='pt'))  # $output"""
-
-IMAGE = """image = ImageOps.exif_transpose(Image.open('IMAGE')).convert('RGBA')  # 8 bits a channel
-background = Image.new('RGBA', image.size, $background)  # as in training, if transparent
-image = Image.alpha_composite(background, image).convert('$mode')"""
-
 
 def export(path, output_dir, transformers=False):
     """Write a checkpoint of pre-training, fine-tuning or a linear probe as a folder.
 
     Files of an earlier export are replaced or removed, once all new ones are written.
 
-    Returns:
-        Lines to print.
-
-    Raises:
-        InputError: if path is no such checkpoint, or output_dir cannot be written.
+    Returns lines to print. Raises InputError if path is no such checkpoint, or output_dir cannot be
+    written.
     """
     file = weights.read(path)
     settings = weights.settings_of(None, file)
-    if 'input_size' not in settings.args or 'blocks.0.attn.q_bias' in file['model']:
-        raise InputError(f'{path}: not of pre-training or a classifier of this project')
-    model = create_model(path, file, settings)
-    if transformers and (model.num_classes or 'norm.weight' not in file['model']):
-        raise InputError(f'{path}: a classifier, which transformers reads without --transformers')
+    state = fold_batch_norm(file['model'])
+    num_classes = len(state.get('head.weight', ()))
+    if 'input_size' not in settings.args or transformers and num_classes:
+        what = 'pre-training' if transformers else 'pre-training or a classifier'
+        raise InputError(f'{path}: not of {what} of this project')
+    with as_input_error(path):
+        model = create_encoder(settings.sizes, settings.global_pool or 'token')
+    model.reset_classifier(num_classes)
+    weights.load(model, file | {'model': state}, complete=True)
     make = files_for_transformers if transformers else files_for_timm
-    contents = make(file, settings, model)
+    contents, words = make(file, settings, model)
+    contents['README.md'] = model_card(file, settings, model, words)
     with as_input_error(output_dir):
         write_files(contents, output_dir)
     lines = [f'In {output_dir}: {", ".join(contents)}; README.md has the code that loads them']
     return '\n'.join([*lines, f'To the hub: hf upload USER/NAME {output_dir}', *settings.notes])
-
-
-def create_model(path, file, settings):
-    """timm's VisionTransformer of a checkpoint in eval mode, with its head if there is one."""
-    state = fold_batch_norm(file['model'])
-    with as_input_error(path):
-        model = create_encoder(settings.sizes, settings.global_pool or 'token')
-    if 'head.weight' in state:
-        model.reset_classifier(len(state['head.weight']))
-    weights.load(model, file | {'model': state}, complete=True)
-    return model.eval()
 
 
 def fold_batch_norm(state):
@@ -129,10 +100,6 @@ def write_files(contents, folder):
             os.replace(Path(new, str(number)), Path(folder, name))
 
 
-def to_json(value):
-    return (json.dumps(value, indent=2) + '\n').encode()
-
-
 def to_safetensors(state, **records):
     """The bytes of a file; records: what a checkpoint holds beside its tensors."""
     records = {key: json.dumps(value) for key, value in records.items()}
@@ -140,18 +107,18 @@ def to_safetensors(state, **records):
     return save(tensors, {'format': 'pt', **records})
 
 
-# --- The files of each library --------------------------------------------------------------------
+# --- The files of each library, and words for the card --------------------------------------------
 
 
 def files_for_timm(file, settings, model):
-    """{name: bytes} of a folder for timm.create_model."""
+    """({name: bytes} of a folder for timm.create_model, words)."""
     sizes, padded = settings.sizes, settings.args.get('resize_mode') == 'pad'
     config = {  # timm/models/_hub.py
         'architecture': f'vit_{TIMM.get(sizes["embed_dim"], "base_patch16")}_224',
         'num_classes': model.num_classes,
         'num_features': sizes['embed_dim'],
         'label_names': settings.classes,
-        'background': background(settings),
+        'background': settings.args.get('background', (255, 255, 255)),
         'model_args': {key: sizes[key] for key in ENCODER} | {'global_pool': model.global_pool},
         'pretrained_cfg': {
             'input_size': [sizes['in_chans'], *sizes['img_size']],
@@ -168,25 +135,20 @@ def files_for_timm(file, settings, model):
     }
     records = {key: getattr(settings, key) for key in ('sizes', 'mean', 'std', 'classes')}
     records['args'] = {key: value for key, value in settings.args.items() if key in KEPT_FLAGS}
-    words = {
-        'library': 'timm',
-        'output': f'logits (1, {model.num_classes})' if model.num_classes else 'class token (1, D)',
-        'note': 'The names of the classes are `model.pretrained_cfg["label_names"]`.',
-    }
     contents = {
-        'config.json': to_json(config),
+        'config.json': json.dumps(config, indent=2).encode(),
         'model.safetensors': to_safetensors(model.state_dict(), **records),
     }
+    note = 'The names of the classes are `model.pretrained_cfg["label_names"]`.'
     if 'decoder_embed.weight' in file['model']:  # apart: timm takes what lies beside config.json
-        words['note'] = 'The whole model, with its decoder, lies in pretraining/.'
         contents['pretraining/model.safetensors'] = to_safetensors(file['model'], **records)
-    contents['README.md'] = model_card(file, settings, model, TIMM_SNIPPET, words)
-    return contents
+        note = 'The whole model, with its decoder, lies in pretraining/.'
+    return contents, {'library': 'timm', 'note': note}
 
 
 def files_for_transformers(file, settings, model):
-    """{name: bytes} of a folder for from_pretrained of ViTMAEForPreTraining or ViTModel."""
-    sizes, args, state = settings.sizes, settings.args, model.state_dict()
+    """({name: bytes} of a folder for from_pretrained, words): ViTMAEForPreTraining or ViTModel."""
+    sizes, state = settings.sizes, model.state_dict()
     height, width = sizes['img_size']
     config = {
         'model_type': 'vit',
@@ -217,9 +179,10 @@ def files_for_transformers(file, settings, model):
             'decoder_num_hidden_layers': sizes['decoder_depth'],
             'decoder_num_attention_heads': sizes['decoder_num_heads'],
             'decoder_intermediate_size': int(sizes['decoder_embed_dim'] * sizes['mlp_ratio']),
-            'norm_pix_loss': args.get('norm_pix_loss', True),
-            'mask_ratio': args.get('mask_ratio', 0.75),
+            'norm_pix_loss': settings.args.get('norm_pix_loss', True),
+            'mask_ratio': settings.args.get('mask_ratio', 0.75),
         }
+    config['architectures'] = [words['name']]
     processor = {
         'image_processor_type': 'BitImageProcessor',  # the shorter side, then the centre
         'size': {'shortest_edge': int(max(height, width) / settings.crop_pct)},
@@ -230,12 +193,12 @@ def files_for_transformers(file, settings, model):
         'image_mean': settings.mean,
         'image_std': settings.std,
     }
-    return {
-        'config.json': to_json({'architectures': [words['name']], **config}),
-        'preprocessor_config.json': to_json(processor),
+    contents = {
+        'config.json': json.dumps(config, indent=2).encode(),
+        'preprocessor_config.json': json.dumps(processor, indent=2).encode(),
         'model.safetensors': to_safetensors(dict(rename(state))),
-        'README.md': model_card(file, settings, model, TRANSFORMERS_SNIPPET, words),
     }
+    return contents, words
 
 
 def rename(state):
@@ -248,41 +211,18 @@ def rename(state):
             yield name.format(part), chunk
 
 
-# --- The model card -------------------------------------------------------------------------------
-
-
-def background(settings):
-    """(R, G, B) behind transparent images, 0..255."""
-    return tuple(settings.args.get('background', (255, 255, 255)))
-
-
-def model_card(file, settings, model, snippet, words):
+def model_card(file, settings, model, words):
     """README.md: how to load the weights, and what the run recorded of them."""
-    sizes, in_chans = settings.sizes, settings.sizes['in_chans']
-    title = 'Classifier' if model.num_classes else 'Encoder'
-    rows = {'classes': model.num_classes} if model.num_classes else {}
-    if 'decoder_embed.weight' in file['model']:
-        fused = len(sizes['fuse_layers']) > 1
-        method = 'multi-level feature fusion (MFF)' if fused else 'a masked autoencoder (MAE)'
-        title += f', pre-trained by {method}'
-        rows = sizes
-    rows = rows | {key: sizes[key] for key in ENCODER}
+    sizes, has_decoder = settings.sizes, 'decoder_embed.weight' in file['model']
+    rows = {key: sizes[key] for key in (sizes if has_decoder else ENCODER)}
     rows |= {key: file[key] for key in ('epoch', 'step', 'num_images', 'best_top1') if key in file}
     rows |= {'mean': settings.mean, 'std': settings.std}
     rows |= {key: settings.args[key] for key in KEPT_FLAGS if settings.args.get(key) is not None}
-    if in_chans in (1, 3):
-        mode = 'L' if in_chans == 1 else 'RGB'
-        image = Template(IMAGE).substitute(background=background(settings), mode=mode)
-    else:
-        image = f'image = ...  # a tensor ({in_chans}, h, w) of floats in 0..1'
     card = Template(Path(__file__).with_name('model_card.md').read_text())
-    return card.substitute(
-        words,
-        title=title,
-        task='image-classification' if model.num_classes else 'image-feature-extraction',
-        snippet=Template(snippet).substitute(words, image=image),
-        table='\n'.join(f'| {key} | {value} |' for key, value in rows.items()),
-    ).encode()
+    background = tuple(settings.args.get('background', (255, 255, 255)))
+    fused = has_decoder and len(sizes['fuse_layers'])
+    known = {'num_classes': model.num_classes, 'fused': fused, 'in_chans': sizes['in_chans']}
+    return card.render(words, rows=rows, background=background, **known).encode()
 
 
 def get_parser():

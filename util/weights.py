@@ -1,19 +1,294 @@
-"""Weights in: what a job builds by its flags and a file, and the file into the model.
+"""Weights in: a file of any known origin, what a job builds by it, and the file into the model.
 
-util/formats.py reads files of any known origin.
+Known are files of this project, mmpretrain, mmsegmentation (MAE with UperNet), timm, DeiT,
+facebookresearch/mae and transformers (ViTMAE, ViT). Parameters get this project's names, which are
+timm's and MAE's; what a config.json tells becomes what this project's checkpoints record.
 """
 
+import json
 import math
 import re
+import zipfile
+from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import PatchEmbed, resample_abs_pos_embed
+from timm.layers import PatchEmbed, resample_abs_pos_embed, to_2tuple
 
 from models_mff import DECODER, ENCODER, MODELS, MaskedAutoencoderMFF, create_encoder, model_sizes
+from util import distributed
 from util.errors import InputError, as_input_error
-from util.formats import convert_state_dict, read, read_file, split_bias  # noqa: F401
+
+# --- A file, or a folder, or a name on the hub ----------------------------------------------------
+
+
+def ignore(*args): ...
+
+
+INERT = {'__init__': ignore, '__setstate__': ignore}  # of what stands in for an unknown class
+CONTAINERS = {'collections.defaultdict': lambda *args: {}, 'collections.deque': lambda *args: []}
+
+
+def read_file(path):
+    """The dict that a .pth or .safetensors file holds, with nothing in it executed.
+
+    torch's restricted unpickler reads; objects of other classes become inert. The checksums of
+    a zip file, as torch.save writes it, are compared. Raises InputError.
+    """
+    with as_input_error(path), open(path, 'rb') as file:
+        start = file.read(9)
+    try:
+        if start[4:] == b'\0\0\0\0{':  # the length of a safetensors header, and the header
+            with safe_open(path, 'pt') as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                metadata = file.metadata() or {}
+            if 'args' not in metadata:
+                return tensors
+            metadata.pop('format')  # exported by this project; the other values are JSON
+            return {'model': tensors} | {key: json.loads(text) for key, text in metadata.items()}
+        inert = []
+        if start[:2] == b'PK':
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f'wrong checksum of {damaged}')
+            for name in torch.serialization.get_unsafe_globals_in_checkpoint(path):
+                inert.append((CONTAINERS.get(name) or type(name, (), INERT), name))
+        with torch.serialization.safe_globals(inert):
+            return dict(torch.load(path, map_location='cpu', weights_only=True))
+    except Exception as error:  # the readers raise many kinds
+        raise InputError(f'{path}: damaged, or not a weights file ({first_line(error)})') from None
+
+
+def first_line(error):
+    """What it says, without torch's advice to trust a file that it refuses."""
+    text = re.sub(r'(?s).*WeightsUnpickler error:\s+', '', str(error)) or repr(error)
+    return text.splitlines()[0].split('. ')[0]
+
+
+# In a folder or on the hub: of these the first that is there, whole or in shards; and these.
+FILES = 'model.safetensors', 'model-*.safetensors', 'pytorch_model.bin', 'pytorch_model-*.bin'
+CONFIGS = 'preprocessor_config.json', 'config.json'
+
+
+def read_with_config(path):
+    """What a file, a folder or a name on the hub holds, and what its config.json tells."""
+    if path.startswith('hf-hub:'):
+        distributed.on_first(partial(download, path))
+        path = download(path)  # from the cache, where the processes share it
+    path, content, config = Path(path.removeprefix('local-dir:')), {}, {}
+    folder, paths = path.parent, [path]
+    if path.is_dir():
+        found = filter(None, [sorted(path.glob(pattern)) for pattern in FILES])
+        folder, paths = path, next(found, [path / FILES[0]])
+    for path in paths:
+        content |= read_file(path)
+    for path in [folder / name for name in CONFIGS if (folder / name).exists()]:
+        with as_input_error(path):
+            config |= json.loads(path.read_text('utf-8'))
+    return content, config
+
+
+def download(path):
+    """The folder in the hub's cache of hf-hub:ORG/NAME. Raises InputError."""
+    try:
+        for pattern in FILES:
+            name, wanted = path.removeprefix('hf-hub:'), [*CONFIGS, pattern]
+            folder = snapshot_download(name, allow_patterns=wanted)
+            if any(Path(folder).glob(pattern)):
+                break
+        return folder
+    except Exception as error:  # of the network, the hub and the cache: many kinds
+        reason = first_line(error)
+        raise InputError(f'{path}: not in the cache, and not downloaded ({reason})') from None
+
+
+# --- Names ----------------------------------------------------------------------------------------
+
+RENAMES = [  # in order; what becomes empty is not of a ViT
+    (r'^(data_preproc|target_gen|projector|predictor).*', ''),
+    (r'.*(pooler\.|embeddings\.mask_token|position_index).*', ''),
+    # mmsegmentation's head -> models_upernet.UperNet's
+    (r'^neck\.upsample_4x\.', 'neck.0.'),
+    (r'^neck\.upsample_2x\.0\.', 'neck.1.'),
+    (r'^decode_head\.psp_modules\.', 'pools.'),
+    (r'^decode_head\.bottleneck\.', 'pool_conv.'),
+    (r'^decode_head\.lateral_convs\.', 'laterals.'),
+    (r'^decode_head\.fpn_convs\.', 'smooth.'),
+    (r'^decode_head\.fpn_bottleneck\.', 'fuse.'),
+    (r'^decode_head\.conv_seg\.', 'classifier.1.'),
+    (r'^auxiliary_head\.convs\.', 'aux_head.'),
+    (r'^auxiliary_head\.conv_seg\.', 'aux_head.2.'),
+    # mmpretrain; MAE's probes; transformers, as on the hub, as version 5 writes it, in memory
+    (r'^neck\.ln1\.', 'decoder_norm.'),
+    (r'^(backbone\.ln1|(vit\.)?layernorm)\.', 'norm.'),
+    (r'^backbone\.ln2\.', 'fc_norm.'),
+    (r'^(head\.0|fc_norm)\.(running|num)_', r'bn.\2_'),
+    (r'^(head\.(fc|layers\.head|1)|classifier)\.(?=weight|bias)', 'head.'),
+    (r'^decoder\.(decoder_layers|decoder_encoder\.layer)\.', 'decoder_blocks.'),
+    (r'^((backbone|neck(?!\.\d)|vit|decoder|embeddings)\.)+', ''),
+    (r'^(encoder\.layer|layers)\.', 'blocks.'),
+    (r'^proj_layers\.', 'fuse_projs.'),
+    (r'^proj_weights$', 'fuse_logits'),
+    (r'^position_embeddings$', 'pos_embed'),
+    (r'^patch_embed(dings)?\.projection\.', 'patch_embed.proj.'),
+    (r'\.(ln1|layernorm_before)\.', '.norm1.'),
+    (r'\.(ln2|layernorm_after)\.', '.norm2.'),
+    (r'\.attention\.(attention\.)?([qkv])(uery|ey|alue|_proj)\.', r'.attn.\2.'),
+    (r'\.attention\.(output\.dense|o_proj)\.', '.attn.proj.'),
+    (r'\.(ffn\.layers\.0\.0|intermediate\.dense)\.', '.mlp.fc1.'),
+    (r'\.(ffn\.layers\.1|output\.dense)\.', '.mlp.fc2.'),
+    (r'\.conv\.', '.0.'),
+    (r'\.bn\.', '.1.'),
+]
+
+
+def convert_state_dict(state):
+    """{name: tensor} of any known origin with this project's names; query, key and value as one."""
+    segmenter = any(name.startswith('decode_head.') for name in state)
+    renamed = {}
+    for name, tensor in state.items():
+        encoder = 'encoder.' if segmenter and name.startswith('backbone.') else ''
+        for pattern, new in RENAMES:
+            name = re.sub(pattern, new, name)
+        if name:
+            renamed[encoder + name] = tensor
+    if len(renamed.get('fuse_logits', ())) == 1:
+        del renamed['fuse_logits']  # mmpretrain's plain MAE has one, too
+    for name in [name for name in renamed if '.attn.q.' in name]:
+        parts = [renamed.pop(name.replace('.q.', f'.{part}.')) for part in 'qkv']
+        renamed[name.replace('.q.', '.qkv.')] = torch.cat(parts)
+    return split_bias(renamed) if segmenter else renamed
+
+
+def split_bias(state):
+    """The biases of qkv as UperNet's encoder has them. That of keys goes: softmax cancels it."""
+    state = dict(state)
+    for name in [name for name in state if name.endswith('attn.qkv.bias')]:
+        query, _, value = state.pop(name).chunk(3)
+        start = name.removesuffix('qkv.bias')
+        state |= {f'{start}q_bias': query, f'{start}v_bias': value}
+    return state
+
+
+def open_vit(content, key=None):
+    """(the parameters of the one ViT in a file with their own names, what was before these).
+
+    key: where it is, if there are several. Raises ValueError if there is not one.
+    """
+    flat = {}
+    for outer, value in content.items():
+        inner = value if isinstance(value, dict) else {}
+        flat |= {f'{outer}.{name}': inner[name] for name in inner} or {outer: value}
+    wrappers = r'(?<![^.])(module|_orig_mod)\.'  # of DDP and torch.compile
+    flat = {re.sub(wrappers, '', str(name)): tensor for name, tensor in flat.items()}
+    pattern = r'(.*?)((backbone|vit)\.)?(embeddings\.)?patch_embed(dings)?\.proj(ection)?\.weight'
+    vits = [match[1] for match in (re.fullmatch(pattern, name) for name in flat) if match]
+    found = ', '.join(map(str, vits or list(content)[:3]))
+    for place in [key] if key else ['state_dict_ema', 'model_ema', 'state_dict', 'model']:
+        vits = [vit for vit in vits if vit.startswith(f'{place}.')] or ([] if key else vits)
+    if len(vits) != 1:
+        raise ValueError(f'it holds {found}; of several, FILE:KEY chooses one')
+    vit = vits[0]
+    if f'{vit}blocks.0.attn.q_bias' in flat:  # UperNet
+        vit = vit.removesuffix('encoder.')
+    return {name.removeprefix(vit): flat[name] for name in flat if name.startswith(vit)}, vit
+
+
+# --- What a file tells ----------------------------------------------------------------------------
+
+KEYS = {  # of config.json and flags -> as our checkpoints record it
+    'image_size': 'img_size',
+    'input_size': 'img_size',
+    'num_attention_heads': 'num_heads',
+    'decoder_num_attention_heads': 'decoder_num_heads',
+    'image_mean': 'mean',
+    'image_std': 'std',
+    'label_names': 'classes',
+}
+
+
+def read(path):
+    """The weights of any known origin at a path.
+
+    path: a file, FILE:KEY where it holds several ViTs, a folder, or hf-hub:ORG/NAME.
+
+    Returns:
+        {'model': {name: tensor}, 'path', 'notes', 'sizes': as model_sizes gives them}, and all that
+        its config.json tells, our checkpoints record, or shapes show: 'mean', 'args', 'depth', ...
+
+    Raises:
+        InputError: as read_file, or if it does not hold one ViT of finite numbers.
+    """
+    path, (file, _, key) = str(path), str(path).rpartition(':')
+    if not Path(file).is_file():
+        file, key = path, None
+    content, config = read_with_config(file)
+    try:
+        state, place = open_vit(content, key)
+        state = convert_state_dict(state)
+        state = {name.removeprefix('encoder.'): tensor for name, tensor in state.items()}
+        for name, tensor in state.items():
+            counts = name.endswith('.num_batches_tracked')
+            if not counts and not (tensor.is_floating_point() and tensor.isfinite().all()):
+                raise ValueError(f'{name} is not of finite floating-point numbers')
+        records = records_of(content, config) | shown_sizes(state)
+        width, patch_size = records['embed_dim'], records['patch_size']
+        count = state['pos_embed'].shape[1] - 1
+        size = to_2tuple(records.pop('img_size', 0))[-2:]  # timm's: channels, H, W
+        if math.prod(side // patch_size for side in size) == count:
+            records['img_size'] = size
+        usual = {MODELS[name]['embed_dim']: name for name in MODELS}.get(width)
+        heads = {} if usual else {'num_heads': max(1, width // 64)}
+        known = {'img_size': math.isqrt(count) * patch_size, **heads, **records}  # or a square
+        sizes = {name: known.get(name) for name in ENCODER + DECODER}
+        sizes = model_sizes(usual or 'vit_base_patch16', **sizes)
+    except Exception as error:  # of tensors that are no ViT's: many kinds
+        reason = first_line(error)
+        raise InputError(f'{path}: not one known ViT of finite numbers ({reason})') from None
+    notes = [f'its averaged weights, {place[:-1]}'] if '_ema.' in place else []
+    return {**records, 'sizes': sizes, 'model': state, 'path': path, 'notes': notes}
+
+
+def records_of(content, config):
+    """What a config.json tells, and what a checkpoint of this project records, as one flat dict."""
+    if config.get('hidden_act', 'gelu') != 'gelu':
+        raise ValueError(f'its activation is {config["hidden_act"]}, not gelu')
+    args = content['args'] if isinstance(content.get('args'), dict) else config
+    labels = config.get('id2label') or {}
+    classes = [labels[number] for number in sorted(labels, key=int)]
+    early = MODELS.get(str(args.get('model')).removeprefix('mff_'))  # which did not record sizes
+    inner = [config.get(key) for key in ('pretrained_cfg', 'model_args')]
+    parts = [{'classes': classes}, config, *inner, early, args, content, content.get('sizes')]
+    records = {
+        KEYS.get(key, key): tuple(value) if isinstance(value, list) else value
+        for part in parts
+        if isinstance(part, dict)
+        for key, value in part.items()
+        if isinstance(value, (int, float, str, list, tuple))
+    }
+    return records | {'args': args}
+
+
+def shown_sizes(state):
+    """The sizes that the shapes of a ViT's parameters show."""
+    width, in_chans, patch_size, _ = state['patch_embed.proj.weight'].shape
+    hidden = len(state['blocks.0.mlp.fc1.weight'])
+    depths = Counter(name.split('.')[0] for name in state if name.endswith('.norm1.weight'))
+    sizes = {'in_chans': in_chans, 'patch_size': patch_size, 'embed_dim': width}
+    sizes |= {'depth': depths['blocks'], 'mlp_ratio': hidden / width}
+    if 'blocks.0.attn.relative_position_bias_table' in state:  # of UperNet
+        sizes['num_heads'] = state['blocks.0.attn.relative_position_bias_table'].shape[1]
+    if 'decoder_embed.weight' in state:
+        sizes['decoder_embed_dim'] = len(state['decoder_embed.weight'])
+        sizes['decoder_depth'] = depths['decoder_blocks']
+    return sizes
+
 
 # --- What a job builds ----------------------------------------------------------------------------
 
@@ -27,7 +302,7 @@ class Settings:
     std: tuple = IMAGENET_DEFAULT_STD
     classes: list | None = None  # names, of the file
     crop_pct: float = 0.875  # share of a test image that is seen
-    args: dict = field(default_factory=dict)  # flags of the run that made the file
+    args: dict = field(default_factory=dict)  # flags of the run that made the file, or config.json
     notes: tuple = ()  # lines to print: what differs from the file, and what was assumed
     global_pool: str | None = None  # what the file's head sees: 'avg' or 'token'
 
@@ -35,37 +310,31 @@ class Settings:
 def settings_of(args, file):
     """The Settings of a job by its flags (None: not given), and read(args.init_from) or None.
 
-    Raises InputError where nothing tells the image size, or where mean and std do not fit.
+    Raises InputError where sizes, mean or std do not fit.
     """
-    flags = {name: name if name != 'img_size' else 'input_size' for name in ENCODER + DECODER}
-    given = {name: getattr(args, flag, None) for name, flag in flags.items()}
-    model = getattr(args, 'model', None)
+    file = file or {'sizes': {}, 'model': {}, 'notes': []}
+    state, notes = file['model'], list(file['notes'])
+    flags = vars(args).items() if args else ()
+    flags = {KEYS.get(key, key): value for key, value in flags if value is not None}
+    given = {name: flags[name] for name in ENCODER + DECODER if name in flags}
+    model = flags.get('model', 'vit_base_patch16')
     with as_input_error():
-        named = model_sizes(model or 'vit_base_patch16', **given)
-    file = file or {}
-    told, state, notes = file.get('sizes', {}), file.get('model', {}), [*file.get('notes', ())]
-    sizes = sizes_of(file, **given) if file else named
-    if model and any(named[name] != sizes[name] for name in ('embed_dim', 'depth')):
+        sizes = model_sizes(model, **file['sizes'] | given)
+    if 'model' in flags and model_sizes(model, **given)['embed_dim'] != sizes['embed_dim']:
         notes.append(f'the sizes are those of the file, not of {model}')
-    for name in told:
-        if sizes[name] != told[name]:
-            notes.append(f'{flags[name]} {sizes[name]}, where the file has {told[name]}')
-    if file and 'num_heads' not in told and not given['num_heads']:
+    if state and sizes['num_heads'] != file.get('num_heads'):
         notes.append(f'num_heads {sizes["num_heads"]} assumed')
 
     in_chans = sizes['in_chans']
     usual = {'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD}
     if in_chans != 3:
         usual = dict.fromkeys(usual, (0.5,) * in_chans)
-    theirs = file if told.get('in_chans') == in_chans else {}
-    statistics = {
-        key: tuple(getattr(args, key, None) or theirs.get(key) or usual[key]) for key in usual
-    }
+    theirs = {key: file[key] for key in usual if len(file.get(key, ())) == in_chans}
+    statistics = {key: tuple(flags.get(key) or theirs.get(key, usual[key])) for key in usual}
     if any(len(values) != in_chans for values in statistics.values()):
         raise InputError(f'{statistics} is not of {in_chans} channels')
-    if file and statistics == usual and 'mean' not in theirs:
-        whose = "ImageNet's mean and std" if in_chans == 3 else 'mean and std 0.5'
-        notes.append(f'{whose} assumed')
+    if state and not theirs and statistics == usual:
+        notes.append(f'{statistics} assumed')
 
     head = state.get('head.weight', state.get('classifier.1.weight', ()))
     classes = list(file.get('classes', ()))
@@ -74,145 +343,86 @@ def settings_of(args, file):
         sizes,
         **statistics,
         classes=classes if classes and len(classes) == len(head) else None,
-        crop_pct=getattr(args, 'crop_pct', None) or file.get('crop_pct') or 0.875,
+        crop_pct=flags.get('crop_pct') or file.get('crop_pct') or 0.875,
         args=file.get('args', {}),
         notes=tuple(notes),
         global_pool=(file.get('global_pool') or pool or 'token') if len(head) else pool,
     )
 
 
-def sizes_of(file, **changes):
-    """The arguments of MaskedAutoencoderMFF: changes (None: none), what a file tells, the usual.
-
-    fuse_layers is () where it is not known which are fused. Raises InputError where the image size
-    is not known.
-    """
-    told, state = dict(file['sizes']), file['model']
-    if changes.get('depth') not in (None, told['depth']):
-        told.pop('fuse_layers', None)
-    changes = told | {name: value for name, value in changes.items() if value is not None}
-    usual = {sizes['embed_dim']: name for name, sizes in MODELS.items()}
-    usual = usual.get(told['embed_dim'], 'vit_base_patch16')
-    if told['embed_dim'] != MODELS[usual]['embed_dim']:
-        changes.setdefault('num_heads', max(1, told['embed_dim'] // 64))
-    if told.get('decoder_embed_dim') not in (None, MODELS[usual]['decoder_embed_dim']):
-        changes.setdefault('decoder_num_heads', max(1, told['decoder_embed_dim'] // 32))
-    side = math.isqrt(state['pos_embed'].shape[1] - 1)
-    if 'img_size' not in changes:
-        if side**2 != state['pos_embed'].shape[1] - 1:
-            raise InputError(f'{file["path"]}: its patches make no square; give --input_size H W')
-        changes['img_size'] = side * told['patch_size']
-    sizes = model_sizes(usual, **changes)
-    fused = len(state.get('fuse_logits', sizes['fuse_layers']))
-    if fused != len(sizes['fuse_layers']) and sizes['depth'] == told['depth']:
-        sizes['fuse_layers'] = changes.get('fuse_layers', ())
-    return sizes
-
-
 # --- Into a model ---------------------------------------------------------------------------------
 
-PARTS = {  # which a file or a model may lack as a whole; all other names are the encoder's
-    'relative positions, layer scales': r'blocks.*(relative_position_bias_table|gamma_[12])$',
-    'decoder_pred': r'decoder_pred\.',
-    'decoder': r'decoder_|mask_token$',
-    'fusion': r'fuse_',
-    'norm': r'norm\.',
-    'fc_norm': r'fc_norm\.',
-    'bn': r'bn\.',
-    'head': r'head\.',
-    'pyramid': r'(neck|pools|pool_conv|laterals|smooth|fuse|aux_head\.0)\.',
-    'classifier': r'(classifier|aux_head)\.',
-}
-HEADS = {'head': 'head.weight', 'classifier': 'classifier.1.weight'}
-
-
-def part_of(name):
-    return next((part for part, pattern in PARTS.items() if re.match(pattern, name)), 'encoder')
+OPTIONAL = (  # what a file or a model may lack; a file may have norm besides
+    r'(decoder_|mask_token|fuse_|fc_norm\.|bn\.|head\.|neck|pool|laterals|smooth|fuse\.|aux_head|'
+    r'classifier|blocks.*(relative_position_bias_table|gamma_[12])$)'
+)
+HEADS = r'decoder_pred|head\.|classifier|aux_head\.2'  # of pixels or classes
 
 
 def load(model, file, complete=False, classes=None):
     """Load read(path) into a MaskedAutoencoderMFF, timm VisionTransformer, LinearProbe or UperNet.
 
-    Position embeddings are resampled to the model's grid, the patch embedding is adapted to its
-    channels. A part that only one of both has is left out, or stays as the model was initialised; a
-    head is taken for the same classes, behind the norm that it was trained on.
+    Positions are resampled to the model's grid, the patch embedding is adapted to its channels.
+    What only one of both has is left out, or stays as the model was initialised, if it is OPTIONAL;
+    a head is taken for the same classes, behind the norm that it was trained on.
 
-    Args:
-        complete: refuse a file without some part of the model, and take its eps of LayerNorm.
-        classes: names of the model's classes.
+    complete: refuse a file without some part of the model, and take its eps of LayerNorm.
+    classes: names of the model's classes.
 
-    Returns:
-        One line to print: what is left out, fresh, resampled or adapted.
-
-    Raises:
-        InputError: naming a parameter that is missing, too much or of another shape.
+    Returns one line to print: what is left out, fresh, resampled or adapted. Raises InputError,
+    which names a parameter that is missing, too much or of another shape.
     """
+    path, (state, notes) = file['path'], fit(model, file)
     actual = {re.sub(r'^(backbone|encoder)\.', '', name): name for name in model.state_dict()}
-    wanted = {name: model.state_dict()[actual[name]] for name in actual}
-    path, (taken, notes) = file['path'], fit(model, file)
-    if 'blocks.0.attn.q_bias' in wanted:
-        taken = split_bias(taken)
-    elif 'blocks.0.attn.q_bias' in taken:
-        raise InputError(f'{path}: a segmenter, which only main_segment.py takes')
+    if 'blocks.0.attn.q_bias' in actual:  # UperNet
+        state = split_bias(state)
+    wanted = model.state_dict()
+    here = {name: tuple(wanted[actual[name]].shape) for name in actual}
+    there = {name: tuple(state[name].shape) for name in state}
+    wrong = {name for name in here.keys() & there.keys() if here[name] != there[name]}
 
-    ours, theirs = ({part_of(name) for name in state} for state in (wanted, taken))
-    shared = ours & theirs
-    same_head = all((norm in ours) == (norm in theirs) for norm in ('fc_norm', 'bn'))
+    heads = {name for name in here.keys() | there.keys() if re.match(HEADS, name)}
+    norms = 'fc_norm.weight', 'bn.running_mean'
+    same = not wrong & heads and all((norm in here) == (norm in there) for norm in norms)
     if classes and file.get('classes') and list(classes) != list(file['classes']):
-        same_head = notes.append('its classes have other names')
-    for part in shared & HEADS.keys():
-        if not same_head or len(wanted[HEADS[part]]) != len(taken.get(HEADS[part], ())):
-            shared.remove(part)
-    if wanted['patch_embed.proj.weight'].shape[1] != file['sizes']['in_chans']:
-        shared.discard('decoder_pred')  # of other pixels
-    if 'norm' in ours - shared and not ('fc_norm' in theirs and 'decoder' in ours):
-        raise InputError(f'{path}: lacks norm.weight, as if trained on the mean of the patches')
-    left_out, fresh = ([p for p in PARTS if p in parts - shared] for parts in (theirs, ours))
-    if complete and fresh:
-        raise InputError(f'{path}: lacks {", ".join(fresh)} of this model')
-
-    taken, wanted = (
-        {name: state[name] for name in state if part_of(name) in shared}
-        for state in (taken, wanted)
-    )
-    shapes = [{name: tuple(state[name].shape) for name in state} for state in (taken, wanted)]
-    odd = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
-    if odd:
-        there, here = (shape.get(odd[0], 'missing') for shape in shapes)
-        raise InputError(f'{path}: {odd[0]} is {there} there, {here} here; {len(odd)} differ')
-    model.load_state_dict({actual[name]: taken[name] for name in taken}, strict=False)
+        same = notes.append('its classes have other names')
+    taken = here.keys() & there.keys() - (set() if same else heads)
+    fresh, left_out = here.keys() - taken, there.keys() - taken
+    bad = wrong & taken | {name for name in fresh if complete or not re.match(OPTIONAL, name)}
+    bad |= {name for name in left_out if not re.match(OPTIONAL + r'|norm\.', name)}
+    if bad:
+        name = min(bad)
+        sizes = there.get(name, 'missing'), here.get(name, 'missing')
+        raise InputError('{}: {} is {} there, {} here'.format(path, name, *sizes))
+    model.load_state_dict({actual[name]: state[name] for name in taken}, strict=False)
 
     eps = file.get('layer_norm_eps', 1e-6)
-    if eps != 1e-6:
-        notes.append(f'eps of LayerNorm {eps if complete else f"1e-06, not {eps}"}')
+    if eps != 1e-6 and not complete:
+        notes.append(f'eps of LayerNorm 1e-06, not {eps}')
     for module in model.modules() if complete else ():
         if isinstance(module, torch.nn.LayerNorm):
             module.eps = eps
-    parts = {'left out': left_out, 'fresh': fresh}
-    lines = [f'{text}: {", ".join(parts[text])}' for text in parts if parts[text]]
-    return '; '.join([path, *lines, *notes])
+    for text, names in (('fresh', fresh), ('left out', left_out)):
+        parts = {re.sub(r'^blocks.*\.|\..*', '', name) for name in names}
+        notes += [f'{text}: {", ".join(sorted(parts))}'] if parts else []
+    return '; '.join([path, *notes])
 
 
 def fit(model, file):
     """(state, notes): a file's parameters at the grid and channels of a model."""
-    state, notes, sizes = dict(file['model']), [], file['sizes']
-    if 'blocks.0.attn.q_bias' in state:  # a segmenter, whose relative positions fix its grid
-        return state, notes
+    state, notes = dict(file['model']), []
     patch_embed = next(module for module in model.modules() if isinstance(module, PatchEmbed))
     count, new = state['pos_embed'].shape[1] - 1, tuple(patch_embed.grid_size)
-    square = (math.isqrt(count),) * 2
-    old = new if math.prod(new) == count else square
-    if 'img_size' in sizes:
-        old = tuple(side // sizes['patch_size'] for side in sizes['img_size'])
-    elif old != square:
-        notes.append(f'its {count} positions taken as {old[0]} x {old[1]}')
+    old = new if math.prod(new) == count else (math.isqrt(count),) * 2
+    if 'img_size' in file:
+        old = tuple(side // file['patch_size'] for side in file['img_size'])
     if math.prod(old) != count:
-        raise InputError(f'{file["path"]}: its {count} positions are of an unknown rectangle')
+        raise InputError(f'{file["path"]}: {count} patches, no square; give --input_size H W')
     if old != new:
         for name in {'pos_embed', 'decoder_pos_embed'} & state.keys():
             state[name] = resample_abs_pos_embed(state[name], new, old, antialias=False)  # as MAE
         notes.append(f'positions resampled from {old[0]} x {old[1]} to {new[0]} x {new[1]}')
-    theirs, ours = sizes['in_chans'], patch_embed.proj.in_channels
+    theirs, ours = file['in_chans'], patch_embed.proj.in_channels
     if theirs != ours:  # as timm does: the sum for one channel, else repeated and scaled
         weight = state['patch_embed.proj.weight']
         repeated = weight.repeat(1, math.ceil(ours / theirs), 1, 1)[:, :ours] * (theirs / ours)
@@ -228,8 +438,8 @@ def load_model(path):
     Without a record, pixels count as standardised in each patch, and a file without fusion as MAE.
     """
     file = read(path)
-    if not any(name.startswith('fuse_') for name in file['model']):
-        file['sizes'].setdefault('fuse_layers', (file['sizes']['depth'] - 1,))
+    if 'fuse_layers' not in file and 'fuse_logits' not in file['model']:
+        file['sizes']['fuse_layers'] = (file['depth'] - 1,)
     settings = settings_of(None, file)
     with as_input_error(path):
         norm_pix_loss = settings.args.get('norm_pix_loss') is not False
