@@ -42,9 +42,6 @@ def plain(source, **others):
     return data.Samples(source, lambda image: image, **others)
 
 
-# --- Which samples, in which order ----------------------------------------------------------------
-
-
 @pytest.fixture
 def stream(monkeypatch):
     """The micro-batches of a process: 50 images, three epochs of three steps of 16."""
@@ -91,9 +88,6 @@ def test_fixed_batches_hold_every_sample_once(monkeypatch):
     assert {len(share) for share in shares} == {2}  # all meet as often
 
 
-# --- What is drawn for a sample -------------------------------------------------------------------
-
-
 def test_samples_depend_on_seed_epoch_and_index_only():
     def everything(image):  # draws from every generator
         return torch.tensor([torch.rand(()), random.random(), np.random.random()])
@@ -102,18 +96,13 @@ def test_samples_depend_on_seed_epoch_and_index_only():
         image, noise, _ = data.Samples(Source(8), everything, num_patches=16, seed=seed)[key]
         plain_noise = plain(Source(8), num_patches=16, seed=seed)[key][1]
         assert torch.equal(noise, plain_noise)  # whatever the transform draws
-        return image, noise
+        return torch.cat([image, noise])
 
     keys = [(seed, epoch, i) for seed in range(2) for epoch in range(2) for i in range(5)]
-    forward, backward = [sample(*key) for key in keys], [sample(*key) for key in keys[::-1]][::-1]
-    for one, other in zip(forward, backward):
-        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
-    drawn = torch.stack([torch.cat(tensors) for tensors in forward])  # (20, 3 + 16)
+    drawn = torch.stack([sample(*key) for key in keys])  # (20, 3 + 16)
+    assert torch.equal(drawn, torch.stack([sample(*key) for key in keys[::-1]]).flip(0))
     assert all(len(column.unique()) == 20 for column in drawn.T)
     assert 0 <= drawn.min() and drawn.max() < 1
-
-
-# --- The loader -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('num_workers', [0, 2])
@@ -151,9 +140,6 @@ def test_python_exits_while_workers_run():
     assert job.wait(timeout=30) == [0], job.printed(errors=True)
 
 
-# --- Images that cannot be read -------------------------------------------------------------------
-
-
 def test_a_bad_image_is_replaced_by_another():
     samples = plain(Source(6, bad=[3]), num_patches=4, seed=1)
     (image, noise, problem), again = samples[0, 3], samples[0, 3]
@@ -165,11 +151,10 @@ def test_a_bad_image_is_replaced_by_another():
         plain(Source(2, bad=[0, 1]))[0, 0]
 
 
-@pytest.mark.parametrize('num_workers', [0, 2])
-def test_bad_images_are_reported_once_counted_and_left_out_of_evaluation(num_workers, capfd):
+def test_bad_images_are_reported_once_counted_and_left_out_of_evaluation(capfd):
     samples = plain(Source(7, bad=[2, 4, 5]))
     keys = data.fixed_batches(7, 2)
-    loader = data.Loader(samples, keys, CPU, SETTINGS, num_workers, leave_out=True)
+    loader = data.Loader(samples, keys, CPU, SETTINGS, 0, leave_out=True)
     for _ in range(2):
         assert [labels.tolist() for _, labels in loader] == [[0, 1], [3], [], [6]]
     assert loader.num_bad == 6
@@ -180,9 +165,7 @@ def test_bad_images_are_reported_once_counted_and_left_out_of_evaluation(num_wor
     assert not {2, 4, 5} & set(labels.tolist())
 
 
-@pytest.mark.parametrize(
-    'num_images, most', [(1000, 10), (1050, 10), (64, 3), (4, 3), (3, 2), (2, 1), (1, 0)]
-)
+@pytest.mark.parametrize('num_images, most', [(1050, 10), (64, 3), (3, 2), (1, 0)])
 def test_how_many_images_may_be_bad(num_images, most, monkeypatch):
     """A hundredth, but three in any case, and never all."""
     loader = data.Loader(plain(Source(num_images)), [], CPU, SETTINGS, 0)

@@ -48,9 +48,6 @@ def without_key(name, tensor):
     return tensor
 
 
-# --- Against mmpretrain's tensors -----------------------------------------------------------------
-
-
 def test_forward_is_the_reference(reference, model):
     ratio, noise = reference['config']['mask'], reference['noise']
     loss, pred, mask = model(reference['imgs'], ratio, noise)
@@ -90,9 +87,6 @@ def test_ten_optimiser_steps_are_the_reference(reference, model):
     for name, tensor in model.state_dict().items():
         ours, expected = (without_key(name, t) for t in (tensor, theirs[name]))
         assert (ours - expected).abs().max() < 2e-5, name
-
-
-# --- Other sizes than the reference's, and timm ---------------------------------------------------
 
 
 @pytest.mark.parametrize('norm_pix_loss', [True, False])
@@ -151,36 +145,16 @@ def test_encoder_is_timms_vision_transformer():
     assert torch.allclose(model.forward_encoder(imgs, 0.0, in_order)[0], expected, atol=1e-6)
 
 
-# --- What training relies on ----------------------------------------------------------------------
-
-
-def test_parameters_have_a_gradient_one_group_and_their_decay():
-    model = MaskedAutoencoderMFF(**model_sizes('vit_tiny_patch4'))
-    model(torch.randn(2, 3, *model.patch_embed.img_size))[0].backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
-    groups = param_groups(model, 0.05)
-    grouped = [id(p) for group in groups for p in group['params']]
-    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
-    decayed = {id(p) for group in groups if group['weight_decay'] for p in group['params']}
-    names = {name for name, p in model.named_parameters() if id(p) in decayed}
-    assert {'fuse_logits', 'fuse_projs.0.weight', 'patch_embed.proj.weight'} < names
-    assert not [n for n in names if n.endswith('bias') or 'norm' in n or 'token' in n]
-
-
-def test_grad_checkpointing_changes_no_number_and_keeps_less():
-    model, outcomes = MaskedAutoencoderMFF(**SMALL), []
-    imgs, noise = torch.randn(4, 3, 32, 32), torch.rand(4, 16)
+def test_grad_checkpointing_keeps_less():
+    model, counts = MaskedAutoencoderMFF(**SMALL), []
+    imgs = torch.randn(4, 3, 32, 32)
     for model.grad_checkpointing in (False, True):
         kept = []  # what the graph holds on to
         hook = lambda x, kept=kept: kept.append(x.numel()) or x  # noqa: E731
         with torch.autograd.graph.saved_tensors_hooks(hook, lambda x: x):
-            loss = model(imgs, 0.75, noise)[0]
-        count = sum(kept)  # before the second computation keeps it all again
-        gradients = torch.autograd.grad(loss, model.parameters())
-        outcomes.append((count, [loss, *gradients]))
-    (plain, expected), (checkpointed, ours) = outcomes
-    assert checkpointed < plain / 2
-    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+            model(imgs)
+        counts.append(sum(kept))
+    assert counts[1] < counts[0] / 2
 
 
 def test_loss_is_fp32_under_autocast():
@@ -215,9 +189,6 @@ def test_initialisation():
     assert model.fusion_weights.tolist() == pytest.approx([1 / 6] * 6)
 
 
-# --- Sizes ----------------------------------------------------------------------------------------
-
-
 def test_sizes():
     """Parameters of the paper's model, of its encoder in timm, and what fusion adds."""
     published = {
@@ -226,12 +197,11 @@ def test_sizes():
         'vit_large_patch16': (24, 1024, 16, 512, 16, (0, 4, 8, 12, 16, 20, 23)),
         'vit_huge_patch14': (32, 1280, 16, 512, 16, (0, 4, 8, 12, 16, 20, 24, 28, 31)),
     }
-    names = ('depth', 'embed_dim', 'num_heads', 'decoder_embed_dim', 'decoder_num_heads')
+    names = 'depth embed_dim num_heads decoder_embed_dim decoder_num_heads fuse_layers'.split()
     for name, values in published.items():
         sizes = model_sizes(name)
-        assert tuple(sizes[key] for key in (*names, 'fuse_layers')) == values
+        assert tuple(sizes[key] for key in names) == values
         assert (sizes['img_size'], sizes['mlp_ratio'], sizes['decoder_depth']) == ((224,) * 2, 4, 8)
-        assert models_mff.default_fuse_layers(sizes['depth']) == values[-1] or 'small' in name
     base = model_sizes('vit_base_patch16')
     with torch.device('meta'):
         fused, plain = (
@@ -247,21 +217,14 @@ def test_sizes_with_changes():
     sizes = model_sizes('mff_vit_base_patch16', img_size=[192, 256], depth=24, num_heads=None)
     assert sizes['img_size'] == (192, 256) and sizes['depth'] == 24 and sizes['num_heads'] == 12
     assert sizes['fuse_layers'] == MODELS['vit_large_patch16']['fuse_layers']
-    for depth in range(1, 41):
-        layers = models_mff.default_fuse_layers(depth)
-        gaps = [b - a for a, b in zip(layers, layers[1:])]
-        assert layers[0] == 0 and layers[-1] == depth - 1 and all(1 <= gap <= 6 for gap in gaps)
 
 
 @pytest.mark.parametrize(
     'change',
     [
         {'img_size': 30},
-        {'img_size': 4},
-        {'fuse_layers': (0, 1)},
         {'fuse_layers': (0, 4)},
         {'fuse_layers': (1, 0, 3)},
-        {'fuse_layers': (-1, 3)},
         {'fuse_layers': ()},
         {'embed_dim': 26},
         {'num_heads': 5},

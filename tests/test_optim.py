@@ -7,7 +7,7 @@ import torch
 
 from util import distributed
 from util.errors import InputError
-from util.optim import Schedule, learning_rate, make_schedule, param_groups, split_batch
+from util.optim import Schedule, learning_rate, make_schedule, split_batch
 
 
 def rates(total, warmup, lr, min_lr=0.0, **others):
@@ -49,13 +49,10 @@ def test_linear_decay_reaches_its_end_on_the_last_step():
     'total, limit, world_size, expected',
     [
         (4096, 512, 8, 512),
-        (4096, 256, 1, 256),
         (96, None, 2, 48),
-        (16, 32, 1, 16),
         (16, 32, 2, 8),
         (4096, 48, 8, 32),
         (554, 256, 1, None),
-        (17, 6, 1, None),
         (10, None, 4, None),
     ],
 )
@@ -80,12 +77,3 @@ def test_a_default_batch_is_never_refused(num_images, world_size, monkeypatch):
     schedule = make_schedule(args, num_images, at_least=2)
     assert schedule.batch_size % 2 == 0 and schedule.accumulation == 1
     assert schedule.total_batch_size == world_size * schedule.batch_size
-
-
-def test_layer_decay_needs_a_model_that_knows_its_layers():
-    class Plain(torch.nn.Linear):
-        def no_weight_decay(self):
-            return set()
-
-    with pytest.raises(ValueError, match='group_matcher'):
-        param_groups(Plain(2, 2), 0.05, layer_decay=0.65)

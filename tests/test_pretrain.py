@@ -3,12 +3,14 @@
 import math
 import os
 import re
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Processes, Result, close_weights, command, read_val, same_weights
+from conftest import ROOT, Processes, Result, read_val, same_weights
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.transforms import v2
@@ -31,12 +33,10 @@ CPU = torch.device('cpu')
 
 
 def test_a_run_trains_and_leaves_everything(whole):
-    losses = list(whole.losses.values())
+    losses, val_losses = (list(whole.values(name).values()) for name in ('loss', 'val_loss'))
     assert len(losses) == 12 and sum(losses[-4:]) < 0.9 * sum(losses[:4])
-    entry = whole.entries[-1]
-    val_losses = list(whole.values('val_loss').values())
-    assert entry['step'] == 12 and len(val_losses) == 3 and val_losses[2] < val_losses[0]
-    assert sum(entry[f'fusion/layer_0{i}'] for i in range(4)) == pytest.approx(1)
+    assert len(val_losses) == 3 and val_losses[2] < val_losses[0]
+    assert sum(whole.entries[-1][f'fusion/layer_0{i}'] for i in range(4)) == pytest.approx(1)
     state = whole.checkpoint
     assert state['step'] == 12 and state['args']['model'] == 'vit_nano_patch4'
     assert state['sizes']['img_size'] == [16, 16] and state['num_images'] == 64
@@ -83,7 +83,7 @@ def watched(folder, tmp_path_factory):
     flags = (
         '--model vit_nano_patch4 --input_size 16 --depth 2 --total_batch_size 12 --batch_size 6 '
         '--warmup_epochs 1 --epochs 2 --lr 0.01 --min_lr 1e-3 --log_every 2 --num_workers 0 '
-        '--device cpu --mean 0.3 0.4 0.5 --std 0.2 0.25 0.35 '
+        '--device cpu --mean 0.3 0.4 0.5 --std 0.2 0.25 0.35 --knn_every 2 '
         f'--data_path {folder} --output_dir {output_dir}'
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -136,6 +136,7 @@ def test_validation_is_that_of_the_files(watched, folder):
         noise.append(torch.rand(16))
     losses = result.values('val_loss')
     assert losses.keys() == {5, 10}
+    assert result.values('val_knn_cls').keys() == result.values('val_knn_patches').keys() == {0, 10}
     for step, loss in losses.items():
         expected = loss_of(states[step], images, torch.stack(noise)).item()
         assert loss == pytest.approx(expected, rel=1e-4)
@@ -152,14 +153,23 @@ def test_number_of_workers_changes_nothing(whole, pretrain):
 
 @pytest.mark.parametrize('processes', [2, 4])
 def test_processes_and_micro_batches_change_nothing(processes, whole, small_run, tmp_path):
+    """Two as torchrun starts them, four as srun does."""
+
+    def by_srun(rank):
+        pairs = {'RANK': 'PROCID', 'LOCAL_RANK': 'LOCALID', 'WORLD_SIZE': 'NTASKS'}
+        for ours, slurms in pairs.items():
+            os.environ[f'SLURM_{slurms}'] = os.environ.pop(ours)
+
     flags = small_run('many', '--batch_size', '4')
-    job = Processes(main_pretrain, *[flags] * processes)
+    before = by_srun if processes == 4 else None
+    job = Processes(main_pretrain, *[flags] * processes, before=before)
     assert job.wait() == [0] * processes, job.printed(errors=True)
     micro_steps = 4 // processes
     assert f'= 4 x {processes} processes x {micro_steps} accumulated' in job.printed()
     many = Result(tmp_path / 'many')
-    assert many.losses == pytest.approx(whole.losses, rel=1e-5) and close_weights(many, whole)
+    assert many.losses == pytest.approx(whole.losses, rel=1e-5)
     assert many.values('val_loss') == pytest.approx(whole.values('val_loss'), rel=1e-5)
+    assert same_weights(many, whole, atol=2e-5)
 
 
 @pytest.mark.parametrize('amp', ['bf16', 'fp16'])
@@ -193,16 +203,6 @@ def test_other_inputs_and_models(pretrain):
     assert state['model']['patch_embed.proj.weight'].shape == (64, 1, 4, 4)
     assert state['model']['pos_embed'].shape == (1, 1 + 3 * 4, 64)
     assert not [name for name in state['model'] if 'fuse' in name] and state['mean'] == [0.5]
-
-
-def test_neighbours_are_the_same_on_two_processes(pretrain, small_run, tmp_path):
-    flags = ['--knn_every', '2', '--epochs', '2']
-    one = pretrain('one', *flags)
-    job = Processes(main_pretrain, *[small_run('two', *flags)] * 2)
-    assert job.wait() == [0, 0], job.printed(errors=True)
-    two = Result(tmp_path / 'two')
-    for name in ('val_knn_cls', 'val_knn_patches'):
-        assert one.values(name).keys() == {0, 8} and one.values(name) == two.values(name)
 
 
 @pytest.mark.parametrize('chunk', [2**25, 200])
@@ -242,17 +242,12 @@ def test_resumed_in_mid_epoch_is_uninterrupted(whole, pretrain, stop_at, tmp_pat
     assert all(group['fused'] for group in resumed.checkpoint['optimizer']['param_groups'])
 
 
-def test_a_run_that_started_anew_tells_how_it_resumes(stop_at, pretrain, capsys):
-    stop_at(1, pretrain, 'cut', '--resume', 'none')
-    assert 'the same command with --resume auto resumes it' in capsys.readouterr().out
-
-
 def test_a_complete_run_only_evaluates(pretrain):
     first = pretrain('run', '--epochs', '1')
-    losses, values, model = first.losses, first.values('val_loss'), first.checkpoint['model']
+    entries, token = first.entries, first.checkpoint['model']['mask_token']
     again = pretrain('run', '--epochs', '1')
-    assert again.losses == losses and again.values('val_loss') == values
-    assert torch.equal(again.checkpoint['model']['mask_token'], model['mask_token'])
+    assert again.entries == entries
+    assert torch.equal(again.checkpoint['model']['mask_token'], token)
 
 
 def test_a_run_of_an_early_version_resumes_and_loads(pretrain, finetune, tmp_path):
@@ -279,30 +274,27 @@ FREE = {  # what may change when a run is resumed
 
 @pytest.mark.parametrize('job', [main_pretrain, main_finetune, main_linprobe])
 def test_resuming_compares_every_flag_that_changes_the_training(job):
-    args = job.get_parser().parse_args([])
     saver = object.__new__(checkpoint.Saver)
-    record = {'num_images': 64, 'classes': ['a', 'b'], 'batch_size': 8, 'total_batch_size': 16}
-    saver.args, saver.record = args, record
-    then = {name: checkpoint.plain(value) for name, value in vars(args).items()}
-    saver.check_same_run({'args': then, **record})
+    saver.args = job.get_parser().parse_args([])
+    saver.record = {'num_images': 64, 'classes': ['a'], 'batch_size': 8, 'total_batch_size': 16}
+    then = {name: checkpoint.plain(value) for name, value in vars(saver.args).items()}
+    others = {'num_images': 65, 'classes': ['b'], 'batch_size': 4, 'total_batch_size': 12}
+    saver.check_same_run({'args': then, **saver.record})
     for name in then:
-        state = {'args': then | {name: 'another'}, **record}
+        state = {'args': then | {name: 'another'}, **saver.record}
         if name in FREE:
             saver.check_same_run(state)
         else:
             with pytest.raises(InputError, match=f'--{name} another -> '):
                 saver.check_same_run(state)
-    others = {'num_images': 65, 'classes': ['b', 'a'], 'batch_size': 4, 'total_batch_size': 12}
     for name, value in others.items():
-        with pytest.raises(InputError, match=re.escape(f'{value} -> {record[name]}')):
-            saver.check_same_run({'args': then, **record, name: value})
-    args.force_resume = True
-    saver.check_same_run({'args': then | {'seed': 9}, **record})
+        with pytest.raises(InputError, match=re.escape(f'{value} -> {saver.record[name]}')):
+            saver.check_same_run({'args': then, **saver.record, name: value})
+    saver.args.force_resume = True
+    saver.check_same_run({'args': then | {'seed': 9}, **saver.record})
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_previous(
-    whole, pretrain, tmp_path, capsys, error_of
-):
+def test_a_damaged_checkpoint_gives_way_to_the_previous(pretrain, tmp_path, capsys, error_of):
     """One flipped bit in the last; then also in the one before."""
 
     def flip(name):
@@ -310,12 +302,14 @@ def test_a_damaged_checkpoint_gives_way_to_the_previous(
         content[len(content) // 2] ^= 1
         (tmp_path / 'run' / name).write_bytes(content)
 
-    pretrain('run', '--save_every', '0')
+    run = 'run', '--epochs', '1', '--save_every', '0'
+    state = pretrain(*run).checkpoint['model']
     flip(checkpoint.LAST)
-    assert same_weights(pretrain('run'), whole)
+    again = pretrain(*run).checkpoint['model']
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.items())
     assert f'resuming from {tmp_path}/run/{checkpoint.PREVIOUS}' in capsys.readouterr().out
     flip(checkpoint.LAST)
-    error = error_of(pretrain, 'run')
+    error = error_of(pretrain, *run)
     assert all(name in error for name in (checkpoint.LAST, checkpoint.PREVIOUS, '--resume none'))
 
 
@@ -362,12 +356,12 @@ def test_checkpoints_are_saved_every_so_many_minutes_and_kept_every_so_many_epoc
     assert saved == [(names[0], 5), (names[1], 8), (names[0], 8), (names[0], 12)]
 
 
-def test_pictures_are_of_different_images_and_always_the_same():
-    settings, centre = Namespace(mean=(0.0,) * 3, std=(1.0,) * 3), lambda image: image
-    for count in (1, 5, 8, 400):
-        samples = data.Samples(Part(Shapes('val', (32, 32)), range(count)), centre, 64)
-        images, noise = engine.examples(samples, settings, CPU)
-        assert len(images) == len(noise) == len(images.flatten(1).unique(dim=0)) == min(8, count)
+@pytest.mark.parametrize('count', [1, 5, 400])
+def test_pictures_are_of_different_images(count):
+    settings = Namespace(mean=(0.0,) * 3, std=(1.0,) * 3)
+    samples = data.Samples(Part(Shapes('val', (32, 32)), range(count)), lambda image: image, 64)
+    images, noise = engine.examples(samples, settings, CPU)
+    assert len(images) == len(noise) == len(images.flatten(1).unique(dim=0)) == min(8, count)
 
 
 @pytest.fixture
@@ -386,9 +380,8 @@ def broken(folder, tmp_path):
     return make
 
 
-@pytest.mark.parametrize('workers', ['0', '2'])
-def test_a_few_bad_images_are_reported_once_and_counted(workers, broken, pretrain, capfd):
-    result = pretrain('run', *broken(3), '--num_workers', workers)
+def test_a_few_bad_images_are_reported_once_and_counted(broken, pretrain, capfd):
+    result = pretrain('run', *broken(3), '--num_workers', '2')
     lines = [line for line in capfd.readouterr().err.splitlines() if 'unreadable' in line]
     assert len(lines) == 3 and all(f'broken{i}.png' in ''.join(lines) for i in range(3))
     counts = result.values('bad_images').values()
@@ -397,7 +390,9 @@ def test_a_few_bad_images_are_reported_once_and_counted(workers, broken, pretrai
 
 def test_too_many_bad_images_end_the_run(broken, small_run):
     """Two in each of two processes, of which each alone would go on; started by torchrun."""
-    done = command('main_pretrain.py', *small_run('run', *broken(4)), torchrun=2)
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    job = [*torchrun, 'main_pretrain.py', *small_run('run', *broken(4))]
+    done = subprocess.run(job, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if 'main_pretrain.py: error' in line]
     assert errors == ['main_pretrain.py: error: process 0: 4 of 44 images cannot be read']

@@ -25,17 +25,31 @@ def read(name, *flags):
     return job.get_parser().parse_args([f'@{RECIPES / name}', *flags])
 
 
-@pytest.mark.parametrize('epochs', [300, 800])
-def test_vit_base_pretrain_is_the_published_recipe(epochs):
-    args = read(f'vit_base_{epochs}e_pretrain.txt')
-    expected = dict(
-        model='vit_base_patch16', fuse_layers=[0, 2, 4, 6, 8, 11], input_size=[224, 224],
-        total_batch_size=4096, lr=None, betas=[0.9, 0.95], weight_decay=0.05, epochs=epochs,
-        warmup_epochs=40, min_lr=0, amp='fp16', clip_grad=None, crop='simple', mask_ratio=0.75,
-        norm_pix_loss=True, mean=None, std=None,
-    )  # fmt: skip
+PUBLISHED = {  # rate: the learning rate of the whole batch
+    'pretrain': dict(
+        rate=2.4e-3, total_batch_size=4096, fuse_layers=[0, 2, 4, 6, 8, 11], betas=[0.9, 0.95],
+        weight_decay=0.05, warmup_epochs=40, min_lr=0, amp='fp16', clip_grad=None, crop='simple',
+        mask_ratio=0.75, norm_pix_loss=True, mean=None, std=None,
+    ),
+    'finetune': dict(
+        rate=2e-3, total_batch_size=1024, epochs=100, crop_pct=224 / 256, betas=[0.9, 0.999],
+        weight_decay=0.05, layer_decay=0.65, warmup_epochs=5, min_lr=1e-6, drop_path=0.1,
+        aa='rand-m9-mstd0.5-inc1', reprob=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1,
+    ),
+    'linprobe': dict(
+        rate=6.4, total_batch_size=16384, epochs=90, crop_pct=224 / 256, momentum=0.9,
+        weight_decay=0, warmup_epochs=10, min_lr=0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', ['300e_pretrain', '800e_pretrain', 'finetune', 'linprobe'])
+def test_vit_base_is_trained_by_the_published_recipe(name):
+    args, expected = read(f'vit_base_{name}.txt'), PUBLISHED[name.split('_')[-1]].copy()
+    assert args.blr * args.total_batch_size / 256 == pytest.approx(expected.pop('rate'))
+    expected |= dict(model='vit_base_patch16', input_size=[224, 224], lr=None)
+    expected |= {'epochs': int(name[:3])} if 'pretrain' in name else {}
     assert vars(args) == vars(args) | expected
-    assert args.blr * args.total_batch_size / 256 == pytest.approx(2.4e-3)
 
 
 @pytest.mark.parametrize(
@@ -46,28 +60,6 @@ def test_other_sizes_share_the_recipe(size, layers):
     differing = {name for name in vars(args) if getattr(args, name) != getattr(base, name)}
     assert differing == {'model', 'fuse_layers', 'output_dir', 'amp'}
     assert args.model == f'vit_{size}_patch16' and args.fuse_layers == layers
-
-
-def test_vit_base_finetune_is_the_published_recipe():
-    args = read('vit_base_finetune.txt')
-    expected = dict(
-        model='vit_base_patch16', input_size=[224, 224], crop_pct=224 / 256, lr=None,
-        total_batch_size=1024, betas=[0.9, 0.999], weight_decay=0.05, layer_decay=0.65, epochs=100,
-        warmup_epochs=5, min_lr=1e-6, drop_path=0.1, aa='rand-m9-mstd0.5-inc1', reprob=0.25,
-        mixup=0.8, cutmix=1.0, smoothing=0.1,
-    )  # fmt: skip
-    assert vars(args) == vars(args) | expected
-    assert args.blr * args.total_batch_size / 256 == pytest.approx(2e-3)
-
-
-def test_vit_base_linprobe_is_the_published_recipe():
-    args = read('vit_base_linprobe.txt')
-    expected = dict(
-        model='vit_base_patch16', input_size=[224, 224], crop_pct=224 / 256, lr=None,
-        total_batch_size=16384, momentum=0.9, weight_decay=0, epochs=90, warmup_epochs=10, min_lr=0,
-    )  # fmt: skip
-    assert vars(args) == vars(args) | expected
-    assert args.blr * args.total_batch_size / 256 == pytest.approx(6.4)
 
 
 @pytest.mark.parametrize('job', JOBS)
@@ -86,9 +78,6 @@ def test_other_classifiers_share_the_recipe(job):
     for name in (f'vit_small_{job}.txt', f'one_gpu_{job}.txt'):
         changed = {key for key, value in vars(read(name)).items() if value != getattr(base, key)}
         assert changed <= {'model', 'output_dir', 'batch_size', 'total_batch_size'}
-
-
-# --- The reader -----------------------------------------------------------------------------------
 
 
 def test_comments_quotes_and_later_flags(tmp_path):

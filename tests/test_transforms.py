@@ -49,10 +49,7 @@ def settings(size, statistics=STATISTICS, **args):
     return Namespace(**flags), Namespace(sizes=sizes, mean=mean, std=std, crop_pct=0.875, args={})
 
 
-# --- Pre-training ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize('shape', [(30, 40), (57, 31), (32, 32), (224, 224), (500, 375)])
+@pytest.mark.parametrize('shape', [(30, 40), (57, 31), (32, 32)])
 def test_simple_crop(shape):
     """The reference's: Resize(side), RandomCrop(side, padding 4, reflect), flip."""
     for side in (32, 9, 8, 5):
@@ -80,9 +77,6 @@ def test_rectangles_are_covered_at_the_same_aspect(shape):
     assert tuple(transforms.Cover((24, 40))(image).shape[1:]) in covered
 
 
-# --- Evaluation -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize('crop_pct, resized', [(0.875, 256), (1.0, 224), (0.9, 248), (None, 256)])
 def test_test_images(crop_pct, resized):
     """Resized and cropped at the centre; the share is that of the flag, or of the checkpoint."""
@@ -92,23 +86,16 @@ def test_test_images(crop_pct, resized):
     assert torch.equal(ours(noise(300, 260)), reference(noise(300, 260)))
 
 
-@pytest.mark.parametrize(
-    'shape, padding',
-    [((16, 32), (0, 8)), ((32, 16), (8, 0)), ((16, 16), (0, 0)), ((15, 32), (0, 8))],
-)
-def test_padded_images_are_whole(shape, padding):
+@pytest.mark.parametrize('shape, left, top', [((16, 32), 0, 8), ((15, 7), 4, 0)])
+def test_padded_images_are_whole(shape, left, top):
     """A square of the mean's colour with the image in its middle; crop_pct has no effect."""
-    args = settings((32, 32), resize_mode='pad', crop_pct=0.5)
-    image = noise(*shape)
-    result = transforms.test_transform(*args)(image)
-    left, top = padding
-    side = max(shape)
+    ours = transforms.test_transform(*settings((32, 32), resize_mode='pad', crop_pct=0.5))
+    image, side = noise(*shape), max(shape)
     square = torch.tensor([124, 116, 104], dtype=torch.uint8).view(3, 1, 1).repeat(1, side, side)
     square[:, top : top + shape[0], left : left + shape[1]] = image
-    assert torch.equal(result, v2.functional.resize(square, [32, 32], BICUBIC, antialias=True))
-    if side == 32:  # nothing to resize
-        floats = transforms.test_transform(*args)(image / 255)
-        assert (floats - square / 255).abs().max() < 0.01
+    assert torch.equal(ours(image), v2.functional.resize(square, [32, 32], BICUBIC))
+    floats = v2.functional.resize(square / 255, [32, 32], BICUBIC)
+    assert (ours(image / 255) - floats).abs().max() < 0.01
 
 
 def test_padding_is_to_the_aspect_of_the_model_and_follows_the_checkpoint():
@@ -117,38 +104,28 @@ def test_padding_is_to_the_aspect_of_the_model_and_follows_the_checkpoint():
     pad, *_ = transforms.test_transform(args, checkpoint).transforms
     sizes = {(24, 20): (24, 40), (60, 50): (60, 100), (12, 40): (24, 40)}
     assert {shape: tuple(pad(noise(*shape)).shape[1:]) for shape in sizes} == sizes
-    white = torch.full((3, 8, 80), 255, dtype=torch.uint8)  # a crop of it would be white
     for transform in (transforms.finetune_transform, transforms.linprobe_transform):
-        results = [from_seed(seed, transform(args, checkpoint), white) for seed in range(9)]
-        assert min((result == 255).float().mean().item() for result in results) < 0.8
+        first, *_ = transform(args, checkpoint).transforms
+        assert first(noise(24, 20)).shape == (3, 24, 40)
     args.resize_mode = 'crop'
-    assert (transforms.test_transform(args, checkpoint)(white) == 255).all()
-
-
-# --- Fine-tuning and probing ----------------------------------------------------------------------
+    assert not isinstance(transforms.test_transform(args, checkpoint).transforms[0], type(pad))
 
 
 def test_linprobe():
-    """A box that does not fit is clipped; torchvision would draw it anew."""
-
-    def first_box_fits(seed, height, width):
-        torch.manual_seed(seed)
-        area = height * width * torch.empty(1).uniform_(0.08, 1.0).item()
-        ratio = torch.exp(torch.empty(1).uniform_(*np.log([3 / 4, 4 / 3]).tolist())).item()
-        return round((area * ratio) ** 0.5) <= width and round((area / ratio) ** 0.5) <= height
-
-    reference = v2.Compose([resized_crop((32, 32), (0.08, 1.0)), FLIP])
-    ours = transforms.linprobe_transform(*settings((32, 32)))
-    image, fits = noise(40, 70), [first_box_fits(seed, 40, 70) for seed in range(30)]
-    assert 5 < sum(fits) < 30
+    """MAE's crop: a box that does not fit is clipped; torchvision would draw it anew."""
+    ours, image = transforms.linprobe_transform(*settings((32, 32))), noise(40, 70)
+    heights = []
     for seed in range(30):
         result = from_seed(seed, ours, image)
-        assert torch.equal(result, from_seed(seed, reference, image)) == fits[seed]
-    # Each row has its number: a box that is too high is clipped to all of the height.
-    rows = torch.arange(40, dtype=torch.uint8).view(1, 40, 1).expand(3, 40, 400).contiguous()
-    results = [from_seed(seed, ours, rows) for seed in range(30)]
-    heights = [int(result.max()) - int(result.min()) for result in results]
-    assert max(heights) == 39 and heights.count(39) > 15
+        torch.manual_seed(seed)
+        area = 40 * 70 * torch.empty(1).uniform_(0.08, 1.0).item()
+        aspect = torch.empty(1).uniform_(*np.log([3 / 4, 4 / 3]).tolist()).exp().item()
+        height, width = min(40, round((area / aspect) ** 0.5)), round((area * aspect) ** 0.5)
+        top, left = (torch.randint(1 + n, (1,)).item() for n in (40 - height, 70 - width))
+        box = v2.functional.resized_crop(image, top, left, height, width, (32, 32), BICUBIC)
+        assert torch.equal(result, FLIP(box))
+        heights.append(height)
+    assert 5 < heights.count(40) < 25
     assert from_seed(0, ours, noise(1, 2)).shape == (3, 32, 32)
 
 
@@ -181,12 +158,9 @@ def test_floats_of_any_range_and_number_of_channels():
     assert result.dtype == torch.float32 and result.max() > 2.9
 
 
-def test_normalise():
-    images = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
-    expected = v2.Normalize(*STATISTICS)(images.double() / 255)
-    floats = images / 255
-    for batch in (images, floats):
-        before = batch.clone()
-        ours = transforms.normalise(batch, *STATISTICS).double()
-        assert torch.allclose(ours, expected, atol=1e-6)
-        assert torch.equal(batch, before)
+def test_floats_are_normalised_in_new_memory():
+    images = torch.rand(2, 3, 4, 5)
+    before = images.clone()
+    ours = transforms.normalise(images, *STATISTICS)
+    assert torch.allclose(ours, v2.Normalize(*STATISTICS)(before), atol=1e-6)
+    assert torch.equal(images, before)
