@@ -7,12 +7,12 @@ import random
 import resource
 import signal
 import time
-from argparse import Namespace
 
 import pytest
 import torch
 from conftest import Processes, Result, same_weights, wait_for
 
+import engine
 import main_pretrain
 from models_mff import MaskedAutoencoderMFF
 from util import checkpoint, distributed
@@ -93,7 +93,6 @@ def test_a_second_signal_exits_at_once(monkeypatch):
 @pytest.mark.parametrize('number, ranks', [(signal.SIGUSR1, [1]), (signal.SIGTERM, [0, 1])])
 def test_all_processes_wait_until_the_checkpoint_is_written(number, ranks, small_run, tmp_path):
     """Two processes, a slow disk, a signal at one or both, and more signals during the save."""
-
     saving, disk = tmp_path / 'saving', tmp_path / 'disk'
 
     def wait_for_disk(rank):
@@ -150,15 +149,14 @@ def test_a_signal_ends_an_evaluation_which_the_same_command_does_again(
 
 
 def test_a_second_run_is_refused_until_the_first_has_ended(small_run, pretrain, tmp_path):
-    first = Processes(main_pretrain, small_run('run', '--epochs', '300'))
-    log = tmp_path / 'run/log.jsonl'
-    wait_for(lambda: log.exists() and 'loss' in log.read_text())
+    first = Processes(main_pretrain, small_run('run', '--epochs', '300', '--save_every', '0'))
+    wait_for(lambda: last_step(tmp_path / 'run'))
     second = Processes(main_pretrain, small_run('run'))
     assert second.wait() == [2]
     assert f'in use by process {first.jobs[0].pid} on' in second.printed(errors=True)
     first.send(signal.SIGKILL)
     first.wait()
-    assert len(pretrain('run', '--epochs', '1').losses) == 4
+    assert len(pretrain('run', '--resume', 'none', '--epochs', '1').losses) == 4
 
 
 # --- Disk -----------------------------------------------------------------------------------------
@@ -197,15 +195,11 @@ def full_disk(monkeypatch):
 
 def test_training_goes_on_without_disk_and_saves_later(pretrain, full_disk, monkeypatch, capsys):
     """Nor does the log stop it, which is said once."""
-
-    def fail(_):
-        raise OSError(errno.ENOSPC, 'No space left on device')
-
     create = Log.__init__
 
-    def without_space(log, *arguments):
-        create(log, *arguments)
-        log.file = Namespace(write=fail, close=lambda: None)
+    def without_space(log, run):
+        create(log, run)
+        log.file = open('/dev/full', 'w')
 
     monkeypatch.setattr(Log, '__init__', without_space)
     full_disk(2, 4)
@@ -229,62 +223,54 @@ def test_the_end_that_cannot_be_saved_is_an_error(
 # --- Numbers --------------------------------------------------------------------------------------
 
 
-def break_losses(monkeypatch, what, ranks=(0,)):
-    """A list of how many of the next losses, or their gradients, are not finite."""
-    left, forward_loss = [0], MaskedAutoencoderMFF.forward_loss
+@pytest.fixture
+def break_steps(monkeypatch):
+    """break_steps(steps): on a rank, the loss of these steps or its gradient is not finite."""
 
-    def broken_loss(model, imgs, pred, mask):
-        loss = forward_loss(model, imgs, pred, mask)
-        if left[0] and model.training and distributed.world()[0] in ranks:
-            left[0] -= 1
-            if what == 'loss':
-                return loss + float('inf')  # whose gradient is finite
-            pred.register_hook(lambda gradient: gradient * float('nan'))
-        return loss
+    def install(steps, what='loss', rank=0):
+        optimizer_step = engine.optimizer_step
 
-    monkeypatch.setattr(MaskedAutoencoderMFF, 'forward_loss', broken_loss)
-    return left
+        def broken_step(run, loss_fn, loader):
+            def broken_loss(*batch):
+                loss = loss_fn(*batch)
+                if what == 'loss':
+                    return loss + float('inf')  # whose gradient is finite
+                loss.register_hook(lambda gradient: gradient * float('nan'))
+                return loss
+
+            broken = run.step + 1 in steps and distributed.world()[0] == rank
+            return optimizer_step(run, broken_loss if broken else loss_fn, loader)
+
+        monkeypatch.setattr(engine, 'optimizer_step', broken_step)
+
+    return install
 
 
 @pytest.mark.parametrize('what, amp', [('loss', 'none'), ('gradient', 'none'), ('loss', 'fp16')])
-def test_a_step_that_is_not_finite_is_skipped(
-    what, amp, pretrain, at_step, stop_at, monkeypatch, tmp_path
-):
+def test_a_step_that_is_not_finite_is_skipped(what, amp, pretrain, break_steps, stop_at, tmp_path):
     """The weights after such a last step are those of the step before."""
     flags = '--amp', amp, '--epochs', '1'
-    left = break_losses(monkeypatch, what)
-    at_step(3, lambda: left.__setitem__(0, 1))
+    break_steps([4], what)
     skipped = pretrain('skipped', *flags)
     assert skipped.values('skipped') == {4: 1} and skipped.losses[4] is None
     stop_at(3, pretrain, 'stopped', *flags)
     assert same_weights(skipped, Result(tmp_path / 'stopped'))
 
 
-def test_a_run_ends_after_20_skipped_steps_in_a_row(
-    pretrain, at_step, monkeypatch, error_of, tmp_path
-):
+def test_a_run_ends_after_20_skipped_steps_in_a_row(pretrain, break_steps, error_of, tmp_path):
     """Not after 19; one that is finite begins the count anew."""
-    left = break_losses(monkeypatch, 'loss')
-    at_step(2, lambda: left.__setitem__(0, 19))
-    at_step(22, lambda: left.__setitem__(0, 20))
-    flags = '--epochs', '11', '--log_every', '3'
-    assert '20 updates' in error_of(pretrain, 'run', *flags, code=1)
+    break_steps({*range(3, 22), *range(23, 43)})
+    error = error_of(pretrain, 'run', '--epochs', '11', '--log_every', '3', code=1)
     skipped = Result(tmp_path / 'run').values('skipped')
-    assert max(skipped) == 42 and sum(skipped.values()) == 39
+    assert '20 updates' in error and max(skipped) == 42 and sum(skipped.values()) == 39
 
 
-def test_a_step_is_skipped_by_all_processes(pretrain, small_run, at_step, monkeypatch, tmp_path):
+def test_a_step_is_skipped_by_all_processes(pretrain, small_run, break_steps, tmp_path):
     """A loss that is infinite in one of two processes, and one that is so in one process."""
-
-    def break_step_7(rank):
-        left = break_losses(monkeypatch, 'loss', ranks=[1])
-        at_step(6, lambda: left.__setitem__(0, 1))
-
     flags = small_run('two', '--epochs', '2', '--batch_size', '8')
-    job = Processes(main_pretrain, flags, flags, before=break_step_7)
+    job = Processes(main_pretrain, flags, flags, before=lambda _: break_steps([7], rank=1))
     assert job.wait() == [0, 0], job.printed(errors=True)
-    left = break_losses(monkeypatch, 'loss')
-    at_step(6, lambda: left.__setitem__(0, 1))
+    break_steps([7])
     one, two = pretrain('one', '--epochs', '2'), Result(tmp_path / 'two')
     assert one.values('skipped') == two.values('skipped') == {7: 1}
     assert same_weights(one, two, atol=2e-5)
