@@ -20,7 +20,7 @@ import engine
 from models_mff import ENCODER, MODELS
 from models_upernet import UperNet, default_levels
 from util import args as flags
-from util import data, distributed, optim, segmentation, sources, weights
+from util import distributed, optim, segmentation, sources, weights
 from util.errors import InputError, as_input_error
 
 
@@ -119,8 +119,7 @@ def main(args):
     crop = {'size': sizes['img_size'], 'scale': scale, 'ratios': args.scale_range}
     augment = partial(segmentation.transform_pair, **crop)
     train_set = segmentation.PairSamples(train_source, augment, seed=args.seed)
-    keys = data.BatchStream(schedule, args.seed, run.step)
-    loader = data.Loader(train_set, keys, device, settings, args.num_workers)
+    loader = run.loader(train_set)
 
     # --- Train ------------------------------------------------------------------------------------
     def loss_fn(network, imgs, masks):

@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import InterpolationMode, functional
 from util import data
 from util.errors import InputError, as_input_error
 from util.files import find_splits, image_paths, list_files, read_file
-from util.images import EXTENSIONS, read_image
+from util.images import EXTENSIONS, read_image, reading
 from util.shapes import Shapes
 from util.sources import Images, decode_options
 from util.transforms import normalise
@@ -104,13 +104,10 @@ class Pairs(Images):
         self.check_numbers(ignore)
 
     def read_mask(self, index):
-        """(path, what the mask's file holds: an array of numbers). Raises ValueError."""
+        """(path, what the mask's file holds: an array of numbers). Raises InputError."""
         path = os.path.join(self.folder, os.fsdecode(self.masks[index]))
-        try:
-            with PIL.Image.open(path) as image:
-                return path, np.array(image).astype(int)
-        except Exception as error:  # decoders raise many kinds of error for a damaged file
-            raise ValueError(f'{path}: {error}') from None
+        with reading(path), PIL.Image.open(path) as image:
+            return path, np.array(image).astype(int)
 
     def __getitem__(self, index):
         image, (path, numbers) = super().__getitem__(index)[0], self.read_mask(index)
@@ -126,7 +123,7 @@ class Pairs(Images):
         """Look at masks spread over the set; InputError if some numbers seem to be no classes."""
         numbers = set()
         for index in range(0, len(self), -(-len(self) // count)):
-            with contextlib.suppress(ValueError):  # an unreadable one; training counts these
+            with contextlib.suppress(InputError):  # an unreadable one; training counts these
                 numbers.update(np.unique(self.read_mask(index)[1]).tolist())
         found = {number: self.table[number] for number in sorted(numbers)}
         wrong = [number for number in found if found[number] == WRONG]
