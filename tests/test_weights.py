@@ -8,7 +8,6 @@ import os
 import pickle
 import random
 import re
-import subprocess
 import sys
 import threading
 import types
@@ -20,7 +19,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from huggingface_hub import constants
+from safetensors.torch import save, save_file
 from timm.models._manipulate import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer
 
@@ -141,10 +141,7 @@ def test_facebookresearch_mae(tmp_path):
     model = probe()
     ours = {name.removeprefix('backbone.'): t for name, t in model.state_dict().items()}
     theirs = {  # Sequential(BatchNorm1d, Linear)
-        name.replace('bn.', 'head.0.')
-        .replace('head.w', 'head.1.w')
-        .replace('head.b', 'head.1.b'): t
-        for name, t in ours.items()
+        name.replace('head.', 'head.1.').replace('bn.', 'head.0.'): ours[name] for name in ours
     }
     file = weights.read(saved(tmp_path / 'a.pth', {'model': theirs, **rest}))
     assert same(file['model'], ours)
@@ -226,37 +223,16 @@ def test_ours(tmp_path):
     assert told.sizes == sizes and (told.mean, told.std) == ((0.2,) * 3, (0.3,) * 3)
 
 
-@pytest.mark.parametrize('kind', ['fine-tuned', 'probe'])
-def test_our_classifiers(kind, tmp_path):
-    model = vit() if kind == 'fine-tuned' else probe()
-    classes = ['a', 'b', 'c', 'd', 'e']
-    sizes = {'img_size': [32, 32], 'in_chans': 3, 'mlp_ratio': 4.0, **SIZES, **DECODER_SIZES}
-    content = {'model': model.state_dict(), 'classes': classes, 'args': {'input_size': None}}
-    content |= {'sizes': sizes | {'fuse_layers': [2]}, 'mean': [0.485, 0.456, 0.406]}
-    content['std'] = [0.229, 0.224, 0.225]  # recorded, not assumed
-    content['args'] |= {'crop_pct': 0.9, 'num_heads': None}
-    file = weights.read(saved(tmp_path / 'a.pth', content))
-    told = weights.settings_of(None, file)
-    assert told.classes == classes and told.crop_pct == 0.9 and told.notes == ()
-    assert told.global_pool == ('avg' if kind == 'fine-tuned' else 'token')
-    again = vit(seed=5) if kind == 'fine-tuned' else probe(seed=5)
-    assert weights.load(again, file, complete=True, classes=classes) == str(tmp_path / 'a.pth')
-    assert same(again.state_dict(), model.state_dict())
-
-
 def test_mmsegmentations_segmenter(tmp_path):
     """tests/test_segment.py compares what such a model computes."""
     theirs = torch.load(DATA / 'seg_tiny.pt', weights_only=True)['state']
     file = weights.read(saved(tmp_path / 'a.pth', {'state_dict': theirs, 'meta': {}}))
     model = upernet(5, img_size=48, channels=16, aux_channels=12)
     assert weights.load(model, file, complete=True) == str(tmp_path / 'a.pth')
-    fc2 = model.encoder.blocks[3].mlp.fc2.weight
-    assert torch.equal(fc2, theirs['backbone.layers.3.ffn.layers.1.weight'])
     assert torch.equal(model.aux_head[2].bias, theirs['auxiliary_head.conv_seg.bias'])
     told = weights.settings_of(None, file)
     expected = SIZES | {'img_size': (48, 48), 'in_chans': 3, 'depth': 4, 'mlp_ratio': 4.0}
     assert {name: told.sizes[name] for name in ENCODER} == expected and told.classes is None
-    assert not any('num_heads' in note for note in told.notes)  # the tables have a column per head
 
 
 # --- transformers ---------------------------------------------------------------------------------
@@ -304,8 +280,8 @@ def test_vit_mae(form, tmp_path):
         assert torch.allclose(encoder.forward_features(images), tokens, atol=1e-6)
 
 
-@pytest.mark.parametrize('form', ['classifier', 'encoder'])
-def test_vit(form, tmp_path):
+def test_vit(tmp_path):
+    """A classifier and, without the first part of its names, the encoder alone."""
     transformers = pytest.importorskip('transformers')
     config = transformers.ViTConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
@@ -313,26 +289,24 @@ def test_vit(form, tmp_path):
     )  # fmt: skip
     theirs = randomise(transformers.ViTForImageClassification(config))
     images = torch.randn(3, 3, 16, 8)
-    part = theirs.vit if form == 'encoder' else theirs
-    part.save_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path)
     processor = {'image_mean': [0.1, 0.2, 0.3], 'image_std': [0.5] * 3}
     (tmp_path / 'preprocessor_config.json').write_text(json.dumps(processor))
     file = weights.read(tmp_path)
     told = weights.settings_of(None, file)
     assert told.sizes['img_size'] == (16, 8) and told.mean == (0.1, 0.2, 0.3)
+    assert told.classes == ['b', 'a', 'd', 'c'] and told.global_pool == 'token'
+    model = create_encoder(told.sizes, 'token').eval()
+    model.reset_classifier(4)
+    assert 'LayerNorm 1e-06, not 1e-12' in weights.load(model, file)
+    weights.load(model, file, complete=True)
+    theirs.vit.save_pretrained(tmp_path)
+    encoder, told = weights.load_encoder(tmp_path)
+    assert told.classes is None and told.global_pool is None
     with torch.no_grad():
-        if form == 'encoder':
-            assert told.classes is None and told.global_pool is None
-            model = weights.load_encoder(tmp_path)[0]
-            tokens = theirs.vit(images).last_hidden_state
-            assert torch.allclose(model.forward_features(images), tokens, atol=1e-6)
-        else:
-            assert told.classes == ['b', 'a', 'd', 'c'] and told.global_pool == 'token'
-            model = create_encoder(told.sizes, 'token')
-            model.reset_classifier(4)
-            assert 'LayerNorm 1e-06, not 1e-12' in weights.load(model.eval(), file)
-            weights.load(model, file, complete=True)
-            assert torch.allclose(model(images), theirs(images).logits, atol=1e-6)
+        assert torch.allclose(model(images), theirs(images).logits, atol=1e-6)
+        tokens = theirs.vit(images).last_hidden_state
+        assert torch.allclose(encoder.forward_features(images), tokens, atol=1e-6)
 
 
 def test_config_json_and_folders(tmp_path):
@@ -357,77 +331,56 @@ def test_config_json_and_folders(tmp_path):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """What huggingface_hub asks for, from folders. server.sent: the files."""
+    """What huggingface_hub asks for, of server.files: {ORG/NAME: {file: bytes}}."""
 
     def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        _, *words = self.path.split('?')[0].split('/')
-        words = words[2:] if words[0] == 'api' else words  # ORG, NAME, what, revision, file
-        folder, body = self.server.root / '/'.join(words[:2]), None
-        names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
-        if words[2:3] == ['revision']:
-            body = {'id': 'org/name', 'sha': 40 * 'a', 'siblings': []} if names else None
-        elif words[2:3] == ['tree']:
-            body = [{'type': 'file', 'path': name, 'oid': 40 * 'b', 'size': 9} for name in names]
-        elif words[2:3] == ['resolve'] and words[4] in names:
-            body = (folder / words[4]).read_bytes()
-            self.server.sent |= {words[4]} if self.command == 'GET' else set()
-        self.send_response(404 if body is None else 200)
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        words = self.path.split('?')[0].removeprefix('/api/models').split('/')[1:]
+        files, body = self.server.files.get('/'.join(words[:2]), {}), None
+        if files and words[2] == 'revision':
+            body = {'id': 'org/name', 'sha': 40 * 'a', 'siblings': []}
+        elif files and words[2] == 'tree':
+            body = [{'type': 'file', 'path': name, 'oid': 40 * 'b', 'size': 9} for name in files]
+        body = files[words[-1]] if words[-1] in files else json.dumps(body).encode()
+        self.send_response(200 if files else 404)
         headers = {'X-Repo-Commit': 40 * 'a', 'ETag': f'"{words[-1]}"', 'Content-Length': len(body)}
         for key, value in headers.items():
             self.send_header(key, str(value))
         self.end_headers()
         if self.command == 'GET':
             self.wfile.write(body)
+            self.server.sent.add(words[-1])
+
+    do_GET = do_HEAD
 
     def log_message(self, *args): ...
 
 
-def test_names_on_the_hub(tmp_path):
-    """Read from a server, and from the cache when it is gone. In a process of its own, as
-    huggingface_hub reads the environment when it is imported."""
-    for name in ('new', 'old'):
-        folder = tmp_path / 'org' / name
-        folder.mkdir(parents=True)
-        (folder / 'config.json').write_text(json.dumps({'mean': [0.1] * 3, 'std': [0.2] * 3}))
-        saved(folder / 'pytorch_model.bin', vit().state_dict())
-        saved(folder / 'tf_model.h5', {})
-    save_file(vit().state_dict(), tmp_path / 'org/new/model.safetensors')
+def test_names_on_the_hub(tmp_path, monkeypatch):
+    """Read from a server, and from the cache when it is gone."""
+    saved(tmp_path / 'model.bin', vit().state_dict())
+    config = json.dumps({'mean': [0.1] * 3, 'std': [0.2] * 3}).encode()
+    old = {'config.json': config, 'tf_model.h5': b'', 'pytorch_model.bin': b''}
+    old['pytorch_model.bin'] = (tmp_path / 'model.bin').read_bytes()
+    new = old | {'model.safetensors': save(vit().state_dict())}
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
-    server.root, server.sent = tmp_path, set()
+    server.files, server.sent = {'org/new': new, 'org/old': old}, set()
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    code = (
-        'import sys; from util import weights; from util.errors import InputError\n'
-        'for name in sys.stdin:\n'
-        '    try: print(weights.read(name.strip())["mean"], flush=True)\n'
-        '    except InputError as error: print(error, flush=True)\n'
-    )
-    environment = {
-        'HF_ENDPOINT': f'http://127.0.0.1:{server.server_port}',
-        'HF_HOME': str(tmp_path),
-    }
-    with subprocess.Popen(
-        [sys.executable, '-c', code], env=os.environ | environment, cwd=DATA.parent.parent,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
-    ) as process:  # fmt: skip
-
-        def read(name):
-            process.stdin.write(f'hf-hub:org/{name}\n')
-            return process.stdout.readline()
-
-        assert read('new') == '(0.1, 0.1, 0.1)\n'
-        assert server.sent == {'config.json', 'model.safetensors'}
-        assert read('old') == '(0.1, 0.1, 0.1)\n' and 'pytorch_model.bin' in server.sent
-        assert read('none').startswith('hf-hub:org/none: not in the cache, and not downloaded (')
-        server.shutdown()
-        server.server_close()
-        assert read('new') == read('old') == '(0.1, 0.1, 0.1)\n'
-        assert read('none').startswith('hf-hub:org/none: not in the cache, and not downloaded (')
-        process.stdin.close()
-    assert 'tf_model.h5' not in server.sent
+    endpoint = f'http://127.0.0.1:{server.server_port}'
+    monkeypatch.setattr(constants, 'ENDPOINT', endpoint)
+    url = f'{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}'
+    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', url)
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+    assert same(weights.read('hf-hub:org/new')['model'], vit().state_dict())
+    assert {'config.json', 'model.safetensors'} == server.sent & new.keys()
+    assert weights.read('hf-hub:org/old')['mean'] == (0.1, 0.1, 0.1)
+    assert 'pytorch_model.bin' in server.sent and 'tf_model.h5' not in server.sent
+    with pytest.raises(InputError, match='hf-hub:org/none: neither cached nor downloaded'):
+        weights.read('hf-hub:org/none')
+    server.shutdown()
+    server.server_close()
+    assert weights.read('hf-hub:org/new')['std'] == weights.read('hf-hub:org/old')['std']
+    with pytest.raises(InputError, match='hf-hub:org/none: neither cached nor downloaded'):
+        weights.read('hf-hub:org/none')
 
 
 # --- Several ViTs in a file, prefixes, averages ---------------------------------------------------
@@ -456,10 +409,7 @@ def test_prefixes(tmp_path):
 
 def test_several_vits(tmp_path):
     teacher, student = (vit('token', 0, seed=seed).state_dict() for seed in (1, 2))
-    nested = {
-        'student': prefixed(student, 'module.backbone.'),
-        'teacher': prefixed(teacher, 'backbone.'),
-    }
+    nested = {'student': prefixed(student, 'module.backbone.'), 'teacher': teacher}
     flat = prefixed(student, 'student.backbone.') | prefixed(teacher, 'teacher.backbone.')
     for content in (nested, {'state_dict': flat}, flat):
         path = saved(tmp_path / 'a.pth', content)
@@ -471,18 +421,20 @@ def test_several_vits(tmp_path):
         assert same(weights.read(f'{path}:{outer}student')['model'], student)
 
 
-@pytest.mark.parametrize('keys', [('state_dict', 'state_dict_ema'), ('model', 'model_ema')])
-def test_averaged_weights_are_taken_and_said(keys, tmp_path):
+def test_averaged_weights_are_taken_and_said(tmp_path):
     plain, averaged = (vit(seed=seed).state_dict() for seed in (1, 2))
-    path = saved(tmp_path / 'a.pth', {keys[0]: plain, keys[1]: averaged, 'epoch': 3})
-    file = weights.read(path)
-    assert same(file['model'], averaged)
-    assert f'its averaged weights, {keys[1]}' in weights.settings_of(None, file).notes
-    assert same(weights.read(f'{path}:{keys[0]}')['model'], plain)
-    content = {keys[0]: plain, keys[1]: None}
-    assert same(weights.read(saved(tmp_path / 'a.pth', content))['model'], plain)
-    content = {'state_dict': averaged, 'ema_state_dict': plain}  # mmengine exchanges them
-    assert same(weights.read(saved(tmp_path / 'a.pth', content))['model'], averaged)
+    for content, expected in [
+        ({'state_dict': plain, 'state_dict_ema': averaged, 'epoch': 3}, averaged),
+        ({'model': plain, 'model_ema': averaged}, averaged),
+        ({'model': plain, 'model_ema': None}, plain),
+        ({'state_dict': averaged, 'ema_state_dict': plain}, averaged),  # mmengine exchanges them
+    ]:
+        file = weights.read(path := saved(tmp_path / 'a.pth', content))
+        assert same(file['model'], expected)
+        said = [note for note in file['notes'] if note.startswith('its averaged weights, ')]
+        assert bool(said) == any(content.get(f'{key}_ema') for key in ('model', 'state_dict'))
+        first = next(iter(content))
+        assert same(weights.read(f'{path}:{first}')['model'], content[first])
 
 
 # --- Files that are no weights --------------------------------------------------------------------
@@ -502,14 +454,13 @@ def third_party(path):
 
 @pytest.mark.filterwarnings('ignore:Detected pickle protocol')
 @pytest.mark.parametrize('form', ['zip', 'legacy', 'pickle', 'pickle4'])
-@pytest.mark.parametrize('call', ['system', 'eval', 'open', 'touch', 'third_party', 'torch.hub'])
+@pytest.mark.parametrize('call', ['system', 'eval', 'touch', 'third_party', 'torch.hub'])
 def test_hostile_file_runs_nothing(call, form, tmp_path, capfd):
     """It is refused, or what it would call is inert and the weights are read."""
     victim = str(tmp_path / 'victim')
     hostile = {
         'system': Hostile(os.system, f'touch {victim}'),
         'eval': Hostile(eval, f'open({victim!r}, "w")'),
-        'open': Hostile(open, victim, 'w'),
         'touch': Hostile(Path.touch, Path(victim)),
         'third_party': Hostile(third_party, victim),
         'torch.hub': Hostile(torch.hub.download_url_to_file, 'file:///etc/hostname', victim),
@@ -545,9 +496,7 @@ def test_flipped_bits(tmp_path):
     start = whole.index(layer.weight.detach().numpy().tobytes())
     records = range(start, start + 4 * layer.weight.numel())
     draw, noticed = random.Random(0), 0
-    for place in [draw.choice(records) for _ in range(200)] + draw.choices(
-        range(len(whole)), k=200
-    ):
+    for place in draw.choices(records, k=200) + draw.choices(range(len(whole)), k=200):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << draw.randrange(8)
         (tmp_path / 'b.pth').write_bytes(damaged)
@@ -585,17 +534,16 @@ MISTAKES = [  # content of a file, what the line says
     (b'<html>not found</html>', 'damaged, or not a weights file'),
     (b'PK\x03\x04 no zip', 'damaged, or not a weights file'),
     ([1, 2], 'damaged, or not a weights file'),
-    ({}, 'not one known ViT'),
-    ({'state_dict': {'conv.weight': torch.zeros(1)}}, 'not one known ViT .* holds state_dict'),
-    ({'norm.bias': torch.ones(24).to_sparse()}, 'not one known ViT'),
-    ({'norm.bias': torch.ones(24, device='meta')}, 'not one known ViT'),
+    ({}, 'not one known'),
+    ({'state_dict': {'conv.weight': torch.zeros(1)}}, 'not one known.*holds state_dict'),
+    ({'norm.bias': torch.ones(24).to_sparse()}, 'not one known'),
+    ({'norm.bias': torch.ones(24, device='meta')}, 'not one known'),
     ({'norm.bias': torch.ones(24, dtype=torch.int8)}, 'norm.bias is not .* floating-point'),
     ({'norm.bias': torch.full((24,), math.nan)}, 'norm.bias is not of finite'),
-    ({'norm.bias': torch.full((24,), math.inf)}, 'norm.bias is not of finite'),
-    ({'norm.bias': 'abc'}, 'not one known ViT'),
-    ({'cls_token': Path('x')}, 'not one known ViT'),
-    ({'pos_embed': torch.tensor(1.0)}, 'not one known ViT'),
-    ({'patch_embed.proj.weight': torch.ones(24, 192)}, 'not one known ViT'),
+    ({'norm.bias': 'abc'}, 'not one known'),
+    ({'cls_token': Path('x')}, 'not one known'),
+    ({'pos_embed': torch.tensor(1.0)}, 'not one known'),
+    ({'patch_embed.proj.weight': torch.ones(24, 192)}, 'not one known'),
 ]
 
 
@@ -721,12 +669,9 @@ def test_positions(source_size, recorded, size, grids, load, tmp_path):
         assert torch.allclose(getattr(model, name), expected, atol=1e-6)
         assert grids or torch.equal(getattr(model, name), source[name])
     assert settled(tmp_path / 'load.pth', input_size=[*size]).sizes['img_size'] == size
-
-
-def test_unknown_rectangle(tmp_path):
-    path = saved(tmp_path / 'a.pth', mae(img_size=(16, 72)).state_dict())
-    with pytest.raises(InputError, match='18 patches, no square; give --input_size'):
-        weights.load_encoder(path)
+    if source_size == (16, 72) and not recorded:
+        with pytest.raises(InputError, match='18 patches, no square; give --input_size'):
+            weights.load_encoder(tmp_path / 'load.pth')
 
 
 @pytest.mark.parametrize('channels', [1, 2, 4, 7])
@@ -742,10 +687,8 @@ def test_channels(channels, load):
         load(mae(), model.state_dict(), complete=True)
 
 
-@pytest.mark.parametrize('origin', ['MFF', 'classifier'])
-def test_encoders_into_upernet(origin, load):
-    source = vit('token', depth=4) if origin == 'classifier' else mae(depth=4, fuse_layers=(1, 3))
-    state, model = source.state_dict(), upernet(seed=2)
+def test_an_encoder_into_upernet(load):
+    state, model = mae(depth=4, fuse_layers=(1, 3)).state_dict(), upernet(seed=2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     fresh = 'fresh: aux_head, classifier, fuse, gamma_1, gamma_2, laterals, neck, '
     assert load(model, state)[0].startswith(fresh)

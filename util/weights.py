@@ -96,16 +96,15 @@ def read_with_config(path):
 
 def download(path):
     """The folder in the hub's cache of hf-hub:ORG/NAME. Raises InputError."""
+    name = path.removeprefix('hf-hub:')
     try:
         for pattern in FILES:
-            name, wanted = path.removeprefix('hf-hub:'), [*CONFIGS, pattern]
-            folder = snapshot_download(name, allow_patterns=wanted)
+            folder = snapshot_download(name, allow_patterns=[*CONFIGS, pattern])
             if any(Path(folder).glob(pattern)):
                 break
         return folder
     except Exception as error:  # of the network, the hub and the cache: many kinds
-        reason = first_line(error)
-        raise InputError(f'{path}: not in the cache, and not downloaded ({reason})') from None
+        raise InputError(f'{path}: neither cached nor downloaded ({first_line(error)})') from None
 
 
 # --- Names ----------------------------------------------------------------------------------------
@@ -200,8 +199,6 @@ def open_vit(content, key=None):
     return {name.removeprefix(vit): flat[name] for name in flat if name.startswith(vit)}, vit
 
 
-# --- What a file tells ----------------------------------------------------------------------------
-
 KEYS = {  # of config.json and flags -> as our checkpoints record it
     'image_size': 'img_size',
     'input_size': 'img_size',
@@ -214,16 +211,11 @@ KEYS = {  # of config.json and flags -> as our checkpoints record it
 
 
 def read(path):
-    """The weights of any known origin at a path.
+    """{'model': {name: tensor}, 'sizes': of model_sizes, 'path', 'notes', ...} of any known origin.
 
-    path: a file, FILE:KEY where it holds several ViTs, a folder, or hf-hub:ORG/NAME.
-
-    Returns:
-        {'model': {name: tensor}, 'path', 'notes', 'sizes': as model_sizes gives them}, and all that
-        its config.json tells, our checkpoints record, or shapes show: 'mean', 'args', 'depth', ...
-
-    Raises:
-        InputError: as read_file, or if it does not hold one ViT of finite numbers.
+    And all that a config.json tells, our checkpoints record, or shapes show: 'mean', 'step', ...
+    path: a file, FILE:KEY where it holds several ViTs, a folder, or hf-hub:ORG/NAME. Raises
+    InputError, as read_file, or if it does not hold one ViT of finite numbers.
     """
     path, (file, _, key) = str(path), str(path).rpartition(':')
     if not Path(file).is_file():
@@ -237,57 +229,48 @@ def read(path):
             counts = name.endswith('.num_batches_tracked')
             if not counts and not (tensor.is_floating_point() and tensor.isfinite().all()):
                 raise ValueError(f'{name} is not of finite floating-point numbers')
-        records = records_of(content, config) | shown_sizes(state)
-        width, patch_size = records['embed_dim'], records['patch_size']
-        count = state['pos_embed'].shape[1] - 1
+        records = records_of(content, config, state)
+        count, width = state['pos_embed'].shape[1] - 1, records['embed_dim']
         size = to_2tuple(records.pop('img_size', 0))[-2:]  # timm's: channels, H, W
-        if math.prod(side // patch_size for side in size) == count:
+        if math.prod(side // records['patch_size'] for side in size) == count:
             records['img_size'] = size
         usual = {MODELS[name]['embed_dim']: name for name in MODELS}.get(width)
-        heads = {} if usual else {'num_heads': max(1, width // 64)}
-        known = {'img_size': math.isqrt(count) * patch_size, **heads, **records}  # or a square
-        sizes = {name: known.get(name) for name in ENCODER + DECODER}
+        guesses = {'img_size': math.isqrt(count) * records['patch_size']}
+        guesses |= {} if usual else {'num_heads': max(1, width // 64)}
+        sizes = {name: (guesses | records).get(name) for name in ENCODER + DECODER}
         sizes = model_sizes(usual or 'vit_base_patch16', **sizes)
     except Exception as error:  # of tensors that are no ViT's: many kinds
-        reason = first_line(error)
-        raise InputError(f'{path}: not one known ViT of finite numbers ({reason})') from None
+        raise InputError(f'{path}: not one known, finite ViT ({first_line(error)})') from None
     notes = [f'its averaged weights, {place[:-1]}'] if '_ema.' in place else []
     return {**records, 'sizes': sizes, 'model': state, 'path': path, 'notes': notes}
 
 
-def records_of(content, config):
-    """What a config.json tells, and what a checkpoint of this project records, as one flat dict."""
+def records_of(content, config, state):
+    """What a config.json tells, what our checkpoints record, what shapes show: as one flat dict."""
     if config.get('hidden_act', 'gelu') != 'gelu':
         raise ValueError(f'its activation is {config["hidden_act"]}, not gelu')
     args = content['args'] if isinstance(content.get('args'), dict) else config
-    labels = config.get('id2label') or {}
-    classes = [labels[number] for number in sorted(labels, key=int)]
     early = MODELS.get(str(args.get('model')).removeprefix('mff_'))  # which did not record sizes
-    inner = [config.get(key) for key in ('pretrained_cfg', 'model_args')]
-    parts = [{'classes': classes}, config, *inner, early, args, content, content.get('sizes')]
-    records = {
-        KEYS.get(key, key): tuple(value) if isinstance(value, list) else value
-        for part in parts
-        if isinstance(part, dict)
-        for key, value in part.items()
-        if isinstance(value, (int, float, str, list, tuple))
-    }
-    return records | {'args': args}
+    theirs = [config, config.get('pretrained_cfg'), config.get('model_args')]
 
-
-def shown_sizes(state):
-    """The sizes that the shapes of a ViT's parameters show."""
     width, in_chans, patch_size, _ = state['patch_embed.proj.weight'].shape
-    hidden = len(state['blocks.0.mlp.fc1.weight'])
     depths = Counter(name.split('.')[0] for name in state if name.endswith('.norm1.weight'))
-    sizes = {'in_chans': in_chans, 'patch_size': patch_size, 'embed_dim': width}
-    sizes |= {'depth': depths['blocks'], 'mlp_ratio': hidden / width}
+    shown = {'in_chans': in_chans, 'patch_size': patch_size, 'embed_dim': width}
+    shown['depth'] = depths['blocks']
+    shown['mlp_ratio'] = len(state['blocks.0.mlp.fc1.weight']) / width
     if 'blocks.0.attn.relative_position_bias_table' in state:  # of UperNet
-        sizes['num_heads'] = state['blocks.0.attn.relative_position_bias_table'].shape[1]
+        shown['num_heads'] = state['blocks.0.attn.relative_position_bias_table'].shape[1]
     if 'decoder_embed.weight' in state:
-        sizes['decoder_embed_dim'] = len(state['decoder_embed.weight'])
-        sizes['decoder_depth'] = depths['decoder_blocks']
-    return sizes
+        shown['decoder_embed_dim'] = len(state['decoder_embed.weight'])
+        shown['decoder_depth'] = depths['decoder_blocks']
+
+    labels = config.get('id2label') or {}
+    records = {'classes': [labels[number] for number in sorted(labels, key=int)]}
+    for part in (*theirs, early, args, content, content.get('sizes'), shown):
+        for key, value in part.items() if isinstance(part, dict) else ():
+            if isinstance(value, (int, float, str, list, tuple)):
+                records[KEYS.get(key, key)] = tuple(value) if isinstance(value, list) else value
+    return records | {'args': args}
 
 
 # --- What a job builds ----------------------------------------------------------------------------
@@ -368,7 +351,6 @@ def load(model, file, complete=False, classes=None):
 
     complete: refuse a file without some part of the model, and take its eps of LayerNorm.
     classes: names of the model's classes.
-
     Returns one line to print: what is left out, fresh, resampled or adapted. Raises InputError,
     which names a parameter that is missing, too much or of another shape.
     """
@@ -385,7 +367,8 @@ def load(model, file, complete=False, classes=None):
     norms = 'fc_norm.weight', 'bn.running_mean'
     same = not wrong & heads and all((norm in here) == (norm in there) for norm in norms)
     if classes and file.get('classes') and list(classes) != list(file['classes']):
-        same = notes.append('its classes have other names')
+        same = False
+        notes.append('its classes have other names')
     taken = here.keys() & there.keys() - (set() if same else heads)
     fresh, left_out = here.keys() - taken, there.keys() - taken
     bad = wrong & taken | {name for name in fresh if complete or not re.match(OPTIONAL, name)}
