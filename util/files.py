@@ -111,7 +111,8 @@ def find_splits(path, names, labelled):
     to what its names begin with, unless it is the only class. Raises InputError if it is not clear
     which folders are splits; where folders are classes (`labelled`), also if all hold the same.
     """
-    holding = list({tuple(os.fsdecode(name).split('/')[:-1]) for name in names})
+    holding = {name.rpartition(b'/')[0] for name in names}  # the folders that hold images
+    holding = [tuple(filter(None, os.fsdecode(folder).split('/'))) for folder in holding]
     tree = defaultdict(set)  # folder: the folders in it
     for folder in holding:
         for depth, name in enumerate(folder):
@@ -120,9 +121,9 @@ def find_splits(path, names, labelled):
     def below(folder):
         shared = os.path.commonprefix([x for x in holding if x[: len(folder)] == folder])
         top = ''.join(f'{name}/' for name in (folder if shared in holding else shared))
-        first = bisect_left(names, os.fsencode(top))
-        count = sum(name.startswith(os.fsencode(top)) for name in names)
-        return top, slice(first, first + count)
+        prefix = os.fsencode(top)
+        first = bisect_left(names, prefix)
+        return top, slice(first, first + sum(name.startswith(prefix) for name in names))
 
     top = os.path.commonprefix(holding)
     splits = choose_splits(tree[top])
@@ -141,11 +142,11 @@ def find_splits(path, names, labelled):
 
 
 def number_classes(names):
-    """Class names of images (N,), '' for none -> (the classes, in order; labels (N,), -1 for none).
+    """Class names of images (N,), empty for none -> (classes, in order; labels (N,), -1 for none).
 
     Whole numbers are sorted by value. Unicode's spellings of one name are one class.
     """
-    spelled = {name: unicodedata.normalize('NFC', name) for name in set(names)}
+    spelled = {name: unicodedata.normalize('NFC', os.fsdecode(name)) for name in set(names)}
     classes = sorted(set(spelled.values()) - {''})
     if all(map(str.isdecimal, classes)):
         classes.sort(key=int)
@@ -173,7 +174,7 @@ class Tars:
         self.tars, self.prefix = list(folders), os.path.join(root, '')
         key = [args.label_key, EXTENSIONS]
         for path, folder in folders.items():
-            with as_input_error():
+            with reading(path):
                 status = os.stat(path)
             key += os.path.realpath(path), status.st_size, status.st_mtime_ns, folder
         name = hashlib.sha256(os.fsencode(str(key))).hexdigest()[:16]
@@ -182,7 +183,7 @@ class Tars:
             index = tuple(np.load(cache).values())
         except Exception:  # not there, or damaged: killed while writing
             index = build_index(folders, args.label_key)
-            with as_input_error(f'{cache} (--download_dir)'):
+            with reading(f'{cache} (--download_dir)'):
                 os.makedirs(args.download_dir, exist_ok=True)
                 np.savez(cache, *index)  # other processes write the same bytes
         self.names, self.places, self.labels = index

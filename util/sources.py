@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional
 
 from util import files
 from util.distributed import world
-from util.errors import InputError, as_input_error
+from util.errors import InputError
 from util.files import choose_splits, image_paths, list_files, say, shorten  # noqa: F401
 from util.images import EXTENSIONS, decode, is_deep, reading
 from util.shapes import Shapes
@@ -230,14 +230,14 @@ def open_folder(path, args, labelled):
     """The images below a folder; if there are none, those in its tars, or in Parquet files."""
     kinds = defaultdict(list)  # ending: names
     for name in list_files(path, ['']):
-        kinds[os.fsdecode(os.path.splitext(name)[1]).lower()].append(name)
-    names = sorted(name for kind in EXTENSIONS for name in kinds.pop(kind, []))
-    if not names and '.tar' in kinds:
-        return open_tars(path, list(map(os.fsdecode, kinds['.tar'])), args, labelled)
-    if not names and kinds.keys() & {'.parquet', '.arrow'}:
+        kinds[os.path.splitext(name)[1].lower()].append(name)
+    names = sorted(name for kind in EXTENSIONS for name in kinds.pop(os.fsencode(kind), []))
+    if not names and b'.tar' in kinds:
+        return open_tars(path, list(map(os.fsdecode, kinds[b'.tar'])), args, labelled)
+    if not names and kinds.keys() & {b'.parquet', b'.arrow'}:
         return open_table(path, args)
     if kinds:
-        counts = [f'{len(found)} {kind or "without ending"}' for kind, found in kinds.items()]
+        counts = [f'{len(kinds[kind])} {os.fsdecode(kind) or "without ending"}' for kind in kinds]
         say(f'{path}: left out: {shorten(counts)}')
     return divide(path, names, files.read_file, labelled)
 
@@ -254,7 +254,7 @@ def open_tars(path, names, args, labelled):
         folder = os.path.join(match[1], os.path.basename(stem)) if match else stem
         folders[os.path.join(path, name)] = folder
     tars = files.Tars(path, folders, args)
-    labels = list(map(os.fsdecode, tars.labels))
+    labels = tars.labels.tolist()
     labels = labels if any(labels) or any(map(SHARD.fullmatch, folders.values())) else None
     return divide(path, tars.names.tolist(), tars.read, labelled, labels)
 
@@ -262,8 +262,9 @@ def open_tars(path, names, args, labelled):
 def divide(path, names, read, labelled, labels=None):
     """The splits of the images below path, by sorted names. Without labels, folders are classes."""
     for top, part in files.find_splits(path, names, labelled and labels is None):
-        kept = [name[len(os.fsencode(top)) :] for name in names[part]]
-        folders = [os.fsdecode(os.path.dirname(name).partition(b'/')[0]) for name in kept]
+        length = len(os.fsencode(top))
+        kept = [name[length:] for name in names[part]]
+        folders = [name.rpartition(b'/')[0].partition(b'/')[0] for name in kept]
         found = files.number_classes(labels[part] if labels else folders)
         yield os.path.join(path, top), kept, read, *found
 
@@ -276,7 +277,7 @@ def open_list(path, args):
     ILSVRC2012_img_val.tar/ILSVRC2012_val_00000001.JPEG.
     """
     root, read = os.path.dirname(path), files.read_file
-    with as_input_error(path), open(path, encoding='utf-8-sig', errors='surrogateescape') as file:
+    with reading(path), open(path, encoding='utf-8-sig', errors='surrogateescape') as file:
         lines = [line.strip() for line in file]
     lines = [line for line in lines if line and line[0] != '#']
     if [bool(re.search(ENDING, line, re.IGNORECASE)) for line in lines[:2]] == [False, True]:
