@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import engine
 import engine_classify
-from models_mff import MODELS
+from models_mff import MODELS, create_encoder
 from util import args as flags
 from util import distributed, sources, weights
 from util.errors import InputError, as_input_error
@@ -46,9 +46,11 @@ def main(args):
     file = weights.read(args.init_from) if args.init_from else None
     settings = weights.settings_of(args, file)
     with as_input_error():
-        encoder = weights.random_encoder(settings.sizes).to(device)
+        sizes = settings.sizes
+        encoder = create_encoder(sizes, 'token') if file else weights.random_encoder(sizes)
     say('\n'.join([weights.load(encoder, file) if file else 'random weights', *settings.notes]))
-    train, val = sources.open_sources(args, settings.sizes, bool(args.knn or args.logistic))
+    encoder.to(device)
+    train, val = sources.open_sources(args, sizes, labelled=bool(args.knn or args.logistic))
     if val and train.classes and val.classes:
         sources.use_classes(val, train.classes)
     if args.out:
