@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 import main_finetune
 import main_linprobe
 import main_pretrain
+import main_segment
 from util.args import run_job
 from util.log import Log
 from util.shapes import Shapes
@@ -26,6 +27,8 @@ from util.weights import convert_state_dict
 torch.set_num_threads(1)  # what is run here is too small to share out
 
 ROOT = Path(__file__).parent.parent
+MAINS = main_pretrain, main_finetune, main_linprobe, main_segment
+JOBS = {main.__name__.removeprefix('main_'): main for main in MAINS}
 
 # A run of seconds: 64 images of 16 x 16 pixels, three epochs of four steps.
 SMALL_RUN = (

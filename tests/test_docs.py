@@ -54,14 +54,6 @@ def test_commands_parse(line, monkeypatch):
     importlib.import_module(name.removesuffix('.py')).get_parser().parse_args(flags)
 
 
-def test_recipes_are_named():
-    pages = ' '.join(page.read_text() for page in PAGES)
-    for path in ROOT.glob('recipes/*.txt'):
-        family, job = path.stem.split('_')[0], path.stem.split('_')[-1]
-        names = path.stem, f'`{family}_*`', f'`*_{job}`', f'_{job}`'
-        assert any(name in pages for name in names), path
-
-
 def test_promises_name_tests_that_exist():
     tests = ' '.join(path.read_text() for path in ROOT.glob('tests/test_*.py'))
     promises = (ROOT / 'docs/promises.md').read_text()

@@ -6,34 +6,23 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_RUN
+from conftest import JOBS, SMALL_RUN
 
-import main_finetune
-import main_linprobe
-import main_pretrain
-import main_segment
 from util.args import run_job
-
-MAINS = main_pretrain, main_finetune, main_linprobe, main_segment
-JOBS = {main.__name__.removeprefix('main_'): main for main in MAINS}
 
 # (jobs, flags, what the line contains); {NAME} is a place below
 MISTAKES = [
     # --- Flags
-    ('all', '--mask_ration 0.5', '--mask_ration'),
     ('all', 'recipes/demo_pretrain.txt', 'recipes/demo_pretrain.txt'),
     ('all', '@missing.txt', 'missing.txt'),
     ('all', '@{quote}', 'quotation'),
-    ('all', '--epochs many', "'many'"),
     ('all', '--epochs 0', '--epochs'),
     ('all', '--lr nan', 'nan'),
-    ('all', '--lr -1', '-1'),
     ('all', '--model vit', "no model 'vit'"),
     ('all', '--input_size 16 16 16', '--input_size'),
     ('all', '--input_size 18', 'patch size 4'),
     ('all', '--device abacus', 'abacus'),
     ('all', '--device meta', 'meta'),
-    ('all', '--amp fp8', "'fp8'"),
     ('all', '--mean 0.5 0.5', '3 channels'),
     ('all', '--num_heads 5', 'num_heads 5'),
     ('all', '--warmup_epochs 9', '9 epochs of warm-up'),
@@ -110,7 +99,7 @@ def places(folder, whole, tmp_path_factory):
     torch.save({'numbers': torch.zeros(3)}, root / 'numbers.pth')
     torch.save(whole.checkpoint['model'], root / 'weights.pth')
     flags = ['--data_path', str(folder), *SMALL_RUN, '--epochs', '1', '--output_dir', str(root)]
-    main_finetune.main(main_finetune.get_parser().parse_args(flags))
+    JOBS['finetune'].main(JOBS['finetune'].get_parser().parse_args(flags))
     (root / 'checkpoint-last.pth').rename(root / 'classifier.pth')
     return {path.stem: path for path in root.iterdir()}
 

@@ -5,19 +5,13 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import JOBS, ROOT
 
-import main_finetune
-import main_linprobe
-import main_pretrain
-import main_segment
 from models_mff import MaskedAutoencoderMFF, create_encoder, model_sizes
 from util import weights
 from util.args import ArgumentParser, run_job
 
 RECIPES = ROOT / 'recipes'
-MAINS = main_pretrain, main_finetune, main_linprobe, main_segment
-JOBS = {main.__name__.removeprefix('main_'): main for main in MAINS}
 
 
 def read(name, *flags):
@@ -86,14 +80,14 @@ def test_other_classifiers_share_the_recipe(job):
 def test_comments_quotes_and_later_flags(tmp_path):
     recipe = tmp_path / 'recipe.txt'
     recipe.write_text('# a comment\n--data_path "a folder"  # another\n\n--epochs 5 --lr 1e-3\n')
-    args = main_pretrain.get_parser().parse_args([f'@{recipe}', '--epochs', '7'])
+    args = JOBS['pretrain'].get_parser().parse_args([f'@{recipe}', '--epochs', '7'])
     assert (args.data_path, args.epochs, args.lr) == ('a folder', 7, 1e-3)
 
 
 def test_a_later_model_wins_over_the_sizes_of_a_recipe(tmp_path):
     recipe = tmp_path / 'recipe.txt'
     recipe.write_text('--model vit_nano_patch4 --depth 6 --embed_dim 192 --fuse_layers 0 5')
-    parse = main_pretrain.get_parser().parse_args
+    parse = JOBS['pretrain'].get_parser().parse_args
     args = parse([f'@{recipe}', '--model', 'vit_base_patch16'])
     assert weights.settings_of(args, None).sizes == model_sizes('vit_base_patch16')
     args = parse([f'@{recipe}', '--model', 'vit_base_patch16', '--depth', '2'])
