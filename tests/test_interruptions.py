@@ -176,24 +176,19 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_whole(tmp_path):
     assert os.listdir(tmp_path) == [path.name] and torch.load(path) == {'step': 1}
 
 
-@pytest.fixture
-def full_disk(monkeypatch):
-    """full_disk(m, n): the m-th to n-th writes of checkpoints fail."""
+def fill_disk(monkeypatch, first, last=99):
+    """The first to last writes of checkpoints fail, counted from 1."""
+    write, numbers = checkpoint.write, itertools.count(1)
 
-    def install(first, last):
-        write, numbers = checkpoint.write, itertools.count(1)
+    def write_if_there_is_space(*arguments):
+        if first <= next(numbers) <= last:
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        write(*arguments)
 
-        def write_if_there_is_space(*arguments):
-            if first <= next(numbers) <= last:
-                raise OSError(errno.ENOSPC, 'No space left on device')
-            write(*arguments)
-
-        monkeypatch.setattr(checkpoint, 'write', write_if_there_is_space)
-
-    return install
+    monkeypatch.setattr(checkpoint, 'write', write_if_there_is_space)
 
 
-def test_training_goes_on_without_disk_and_saves_later(pretrain, full_disk, monkeypatch, capsys):
+def test_training_goes_on_without_disk_and_saves_later(pretrain, monkeypatch, capsys):
     """Nor does the log stop it, which is said once."""
     create = Log.__init__
 
@@ -202,7 +197,7 @@ def test_training_goes_on_without_disk_and_saves_later(pretrain, full_disk, monk
         log.file = open('/dev/full', 'w')
 
     monkeypatch.setattr(Log, '__init__', without_space)
-    full_disk(2, 4)
+    fill_disk(monkeypatch, 2, 4)
     assert pretrain('run', '--save_every', '0').checkpoint['step'] == 12
     printed = capsys.readouterr().out
     assert printed.count('cannot save') == 3 and printed.count('cannot write the log') == 1
@@ -210,9 +205,9 @@ def test_training_goes_on_without_disk_and_saves_later(pretrain, full_disk, monk
 
 @pytest.mark.parametrize('stop', [False, True])
 def test_the_end_that_cannot_be_saved_is_an_error(
-    stop, pretrain, full_disk, at_step, tmp_path, error_of
+    stop, pretrain, monkeypatch, at_step, tmp_path, error_of
 ):
-    full_disk(2, 99)
+    fill_disk(monkeypatch, 2)
     if stop:
         at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
     error = error_of(pretrain, 'run', '--epochs', '2', '--save_every', '0', code=1)

@@ -37,6 +37,8 @@ MISTAKES = [
     ('all', '--init_from {text}', 'damaged'),
     ('all', '--init_from {numbers}', 'numbers.pth'),
     ('pretrain', '--fuse_layers 0 4', '3'),
+    ('pretrain', '--fuse_layers 1 0 3', 'increasing'),
+    ('pretrain', '--embed_dim 66 --num_heads 3', 'multiple'),
     ('pretrain', '--mask_ratio 1.5', '1.5'),
     ('pretrain', '--mask_ratio 0.99', '0.99'),
     ('pretrain', '--input_size 4 --patch_size 2', '--crop simple'),

@@ -236,14 +236,6 @@ def test_resumed_in_mid_epoch_is_uninterrupted(whole, pretrain, stop_at, tmp_pat
     assert all(group['fused'] for group in resumed.checkpoint['optimizer']['param_groups'])
 
 
-def test_a_complete_run_only_evaluates(pretrain):
-    first = pretrain('run', '--epochs', '1')
-    entries, token = first.entries, first.checkpoint['model']['mask_token']
-    again = pretrain('run', '--epochs', '1')
-    assert again.entries == entries
-    assert torch.equal(again.checkpoint['model']['mask_token'], token)
-
-
 def test_a_run_of_an_early_version_resumes_and_loads(pretrain, finetune, tmp_path):
     old = torch.load(Path(__file__).parent / 'data/old_run.pt', weights_only=True)
     (tmp_path / 'run').mkdir()
