@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional
 from util import files
 from util.distributed import world
 from util.errors import InputError
-from util.files import choose_splits, image_paths, list_files, say, shorten  # noqa: F401
+from util.files import choose_splits, list_files, say, shorten
 from util.images import EXTENSIONS, decode, is_deep, reading
 from util.shapes import Shapes
 
