@@ -196,21 +196,14 @@ NANO |= {'fuse_layers': (1, 3)}
 
 
 def test_ours(tmp_path):
-    """Pre-training, also as exported; and an early run, whose flags told the sizes."""
+    """And an early run, whose flags told the sizes; tests/test_export.py reads exported ones."""
     content = run_of(NANO, optimizer={'state': {}})
     file = weights.read(saved(tmp_path / 'a.pth', content))
     assert same(file['model'], content['model']) and file['step'] == 7 and 'optimizer' not in file
-    records = {key: json.dumps(content[key]) for key in ('args', 'sizes', 'mean', 'std')}
-    save_file(content['model'], tmp_path / 'a.safetensors', {'format': 'pt', **records})
-    for path in (tmp_path / 'a.pth', tmp_path / 'a.safetensors'):
-        model, told = weights.load_model(path)
-        assert told.sizes == NANO and (told.mean, told.std) == ((0.2,), (0.3,))
-        assert told.args == content['args'] and not model.norm_pix_loss and told.notes == ()
-        assert same(model.state_dict(), content['model'])
-        images, encoder = torch.randn(2, 1, 16, 24), weights.load_encoder(path)[0]
-        with torch.no_grad():
-            tokens = encoder.forward_features(images)
-        assert torch.allclose(tokens, model.forward_features(images), atol=1e-6)
+    model, told = weights.load_model(tmp_path / 'a.pth')
+    assert told.sizes == NANO and (told.mean, told.std) == ((0.2,), (0.3,))
+    assert told.args == content['args'] and not model.norm_pix_loss and told.notes == ()
+    assert same(model.state_dict(), content['model'])
     wrapped = {f'module._orig_mod.{name}': t for name, t in content['model'].items()}
     assert same(weights.read(saved(tmp_path / 'b.pth', wrapped))['model'], content['model'])
 
@@ -563,23 +556,51 @@ def test_a_mistake_is_one_line(content, message, tmp_path):
 # --- Into a model ---------------------------------------------------------------------------------
 
 
-def test_pretraining_into_classifiers(load):
-    source = mae().state_dict()
-    model = vit('avg')
+DECODER = 'decoder_blocks, decoder_embed, decoder_norm, decoder_pos_embed, decoder_pred'
+UPERNET = 'aux_head, classifier, fuse, gamma_1, gamma_2, laterals, neck, pool_conv, pools, '
+
+
+@pytest.mark.parametrize(
+    'model, source, fresh, left_out',
+    [
+        (mae(seed=2), mae(), '', ''),
+        (mae(), mae(fuse_layers=(2,)), 'fuse_logits, fuse_projs', ''),
+        (mae(fuse_layers=(2,)), mae(), '', 'fuse_logits, fuse_projs'),
+        (mae(fuse_layers=(2,)), vit('token', 0), f'{DECODER}, mask_token', ''),
+        (vit('avg'), mae(fuse_layers=(2,)), 'fc_norm, head', f'{DECODER}, mask_token, norm'),
+        (probe(), mae(), 'bn, head', f'{DECODER}, fuse_logits, fuse_projs, mask_token'),
+        (
+            upernet(),
+            vit('token', 0, depth=4),
+            f'{UPERNET}relative_position_bias_table, smooth',
+            'norm',
+        ),
+    ],
+)
+def test_what_one_of_both_lacks(model, source, fresh, left_out, load):
+    """All that both have is taken; the rest stays as it is, and is named."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    fresh, left_out = load(model, source)
-    assert fresh == 'fresh: fc_norm, head'
-    assert re.fullmatch(r'left out: decoder_blocks, .*, fuse_projs, mask_token, norm', left_out)
+    expected = source.state_dict()
+    said = {'fresh': fresh, 'left out': left_out}
+    assert load(model, expected) == [f'{key}: {said[key]}' for key in said if said[key]]
+    for name in [name for name in expected if name.endswith('qkv.bias')]:  # as UperNet has it
+        q_bias, _, v_bias = expected[name].chunk(3)
+        start = name.removesuffix('qkv.bias')
+        expected = expected | {f'{start}q_bias': q_bias, f'{start}v_bias': v_bias}
     for name, tensor in model.state_dict().items():
-        kept = before if name.startswith(('fc_norm', 'head')) else source
-        assert torch.equal(tensor, kept[name]), name
-    model = probe()
-    assert load(model, source)[0] == 'fresh: bn, head'
-    assert torch.equal(model.backbone.norm.weight, source['norm.weight'])
-    with torch.no_grad():  # K = 1, nothing masked: the encoder is the same function
-        source, model = mae(fuse_layers=(2,)), vit('token', 0)
-        load(model, source.state_dict(), complete=True)
-        images = torch.randn(2, 3, 32, 32)
+        plain = re.sub(r'^(backbone|encoder)\.', '', name)
+        is_fresh = bool(fresh) and any(part in plain.split('.') for part in fresh.split(', '))
+        assert torch.equal(tensor, before[name] if is_fresh else expected[plain]), name
+    if fresh:
+        with pytest.raises(InputError, match=' is missing there, '):
+            load(model, source.state_dict(), complete=True)
+
+
+def test_without_fusion_and_masks_the_encoder_is_the_same_function(load):
+    source, model = mae(fuse_layers=(2,)), vit('token', 0)
+    load(model, source.state_dict(), complete=True)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
         latent = source.forward_encoder(images, 0.0, torch.arange(16.0).expand(2, -1) / 16)[0]
         assert (model.forward_features(images) - latent).abs().max() < 1e-6
 
@@ -603,19 +624,6 @@ def test_a_head_is_taken_for_its_classes_behind_its_norm(load):
         assert torch.equal(model.head.weight, before)
         with pytest.raises(InputError, match=r'(head|bn)\.\w+ is .* there, .* here'):
             load(model, content | {'model': state}, complete=True, classes=classes)
-
-
-def test_continued_pretraining(load):
-    source, plain = mae(seed=3).state_dict(), mae(fuse_layers=(2,)).state_dict()
-    assert load(model := mae(), source, complete=True) == []
-    assert same(model.state_dict(), source)  # position embeddings too
-    assert load(mae(), plain) == ['fresh: fuse_logits, fuse_projs']
-    assert load(mae(fuse_layers=(2,)), source) == ['left out: fuse_logits, fuse_projs']
-    model = mae()
-    fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    load(model, encoder_of(plain))
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, (plain if name in encoder_of(plain) else fresh)[name]), name
 
 
 def test_never_a_partial_load(load):
@@ -687,29 +695,6 @@ def test_channels(channels, load):
         load(mae(), model.state_dict(), complete=True)
 
 
-def test_an_encoder_into_upernet(load):
-    state, model = mae(depth=4, fuse_layers=(1, 3)).state_dict(), upernet(seed=2)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    fresh = 'fresh: aux_head, classifier, fuse, gamma_1, gamma_2, laterals, neck, '
-    assert load(model, state)[0].startswith(fresh)
-    for name, tensor in model.state_dict().items():
-        plain = name.removeprefix('encoder.')
-        if plain.endswith(('q_bias', 'v_bias')):
-            q_bias, _, v_bias = state[f'{plain[:-6]}qkv.bias'].split(24)
-            expected = q_bias if plain.endswith('q_bias') else v_bias
-        elif name.startswith('encoder.') and plain in state:
-            expected = state[plain]
-        else:
-            assert not name.startswith('encoder.') or plain.endswith(('_table', '_1', '_2'))
-            expected = before[name]
-        assert torch.equal(tensor, expected), name
-    with pytest.raises(InputError, match=' is missing there'):
-        load(upernet(), state, complete=True)
-    load(model := upernet(img_size=(16, 48)), state)
-    expected = resampled(state['pos_embed'], (4, 4), (2, 6))
-    assert torch.allclose(model.encoder.pos_embed, expected, atol=1e-6)
-
-
 def test_segmenters(load, tmp_path):
     source = upernet().state_dict()
     args = {'input_size': [32, 32], 'model': 'x'}
@@ -724,6 +709,10 @@ def test_segmenters(load, tmp_path):
     assert load(upernet(), content, classes=names) == ['its classes have other names', *heads]
     with pytest.raises(InputError, match=r'there, .* here'):  # relative positions fix the grid
         load(upernet(img_size=64), content)
+    state = vit('token', 0, depth=4).state_dict()
+    load(model := upernet(img_size=(16, 48)), state)
+    expected = resampled(state['pos_embed'], (4, 4), (2, 6))
+    assert torch.allclose(model.encoder.pos_embed, expected, atol=1e-6)
 
 
 # --- What a job builds ----------------------------------------------------------------------------

@@ -305,8 +305,9 @@ def settings_of(args, file):
         sizes = model_sizes(model, **file['sizes'] | given)
     if 'model' in flags and model_sizes(model, **given)['embed_dim'] != sizes['embed_dim']:
         notes.append(f'the sizes are those of the file, not of {model}')
-    if state and sizes['num_heads'] != file.get('num_heads'):
-        notes.append(f'num_heads {sizes["num_heads"]} assumed')
+    for width, heads in (('embed_dim', 'num_heads'), ('decoder_embed_dim', 'decoder_num_heads')):
+        if width in file and sizes[heads] != file.get(heads):
+            notes.append(f'{heads} {sizes[heads]} assumed')
 
     in_chans = sizes['in_chans']
     usual = {'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD}
