@@ -1,4 +1,4 @@
-"""Table and figures of an ablation, from the files of its finished runs (ablation/run.py).
+"""Table and figure of an ablation, from the files of its finished runs (ablation/run.py).
 
 python -m ablation.report results/demo
 """
@@ -23,7 +23,7 @@ MEASURES = {  # name of a curve in a result: its title
     'logistic_patches': 'logistic, mean of patches',
     'finetune': 'fine-tuning',
 }
-SUMMARY = ['val_knn_patches', 'val_loss']  # of these, a figure of their own
+SUMMARY = ['val_knn_patches', 'val_loss']  # the panels of the figure
 RANDOM, BASE = 'random', 'MAE'  # the zero line, and what the others are compared with
 
 
@@ -38,7 +38,7 @@ def main(args):
 
 
 def write_report(folder):
-    """Write table.md, summary.png and curves.png into a folder. Returns the table.
+    """Write table.md and summary.png into a folder. Returns the table.
 
     Raises:
         InputError: if there are no results.
@@ -48,11 +48,7 @@ def write_report(folder):
         raise InputError(f'{folder}: no results of finished runs')
     table = make_table(groups)
     Path(folder, 'table.md').write_text(table + '\n')
-    others = [name for name in MEASURES if name not in SUMMARY]
-    for name, measures in (('summary', SUMMARY), ('curves', others)):
-        figure = make_figure(groups, measures)
-        if figure.axes:
-            figure.savefig(Path(folder, f'{name}.png'))
+    make_figure(groups).savefig(Path(folder, 'summary.png'))
     return table
 
 
@@ -130,32 +126,23 @@ def epochs_to_reach(points, value):
     return 'never'
 
 
-def make_figure(groups, measures):
-    """A panel for each measure that was taken several times in a run: values by epoch.
+def make_figure(groups):
+    """Values by epoch: a colour per variant, a thin line per seed, a thick one for their mean.
 
-    A colour per variant, a thin line per seed, a thick one for their mean; grey: random weights.
+    The grey line is what random weights give. The other curves are in TensorBoard.
     """
-    panels = {name: curves_of(groups, name) for name in measures}
-    names = [
-        name
-        for name, (curves, _) in panels.items()
-        if any(len(points) > 1 for group in curves.values() for points in group.values())
-    ]
-    rows, columns = max(1, -(-len(names) // 4)), max(1, min(4, len(names)))
-    figure = Figure(figsize=(4 * columns, 3.8 * rows), layout='constrained', dpi=100)
-    for place, name in enumerate(names, 1):
-        curves, starts = panels[name]
-        axes = figure.add_subplot(rows, columns, place, xlabel='epoch')
-        axes.set_title(MEASURES[name] + (', %' if name != 'val_loss' else ''))
+    figure = Figure(figsize=(8, 3.8), layout='constrained', dpi=100)
+    for axes, name in zip(figure.subplots(1, len(SUMMARY)), SUMMARY):
+        curves, starts = curves_of(groups, name)
         if starts:
             axes.axhline(statistics.fmean(starts), color='grey', ls='--', label='random weights')
-        for variant, group in curves.items():
-            colour = f'C{list(groups).index(variant)}'
+        for number, (variant, group) in enumerate(curves.items()):
             for points in group.values():
-                axes.plot(*zip(*points), color=colour, linewidth=0.7, alpha=0.7)
+                axes.plot(*zip(*points), color=f'C{number}', linewidth=0.7, alpha=0.7)
             epochs = [points[0][0] for points in zip(*group.values())]
             means = [statistics.fmean(v for _, v in points) for points in zip(*group.values())]
-            axes.plot(epochs, means, color=colour, linewidth=2, label=variant)
+            axes.plot(epochs, means, color=f'C{number}', linewidth=2, label=variant)
+        axes.set(title=MEASURES[name] + (', %' if name != 'val_loss' else ''), xlabel='epoch')
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     return figure

@@ -267,7 +267,7 @@ def test_report_of_known_numbers(results, capsys):
     assert any(line.endswith('seed by seed: 3.5, 3.5, 3.6, of 4') for line in table)
     assert table[-2:] == ['the command  ', 'a CPU; torch 0']
     assert (results / 'summary.png').stat().st_size > 5000
-    _, axes = report.make_figure(report.read_results(results), report.MEASURES).axes
+    axes, _ = report.make_figure(report.read_results(results)).axes
     lines = [list(line.get_ydata()) for line in axes.lines if line.get_color() == 'C1']
     assert lines == [[10, 30, 41], [10, 30, 43], [10, 30, 45], [10, 30, 43]]  # last: the mean
     with pytest.raises(InputError, match='no results'):
