@@ -183,10 +183,7 @@ def report(args, device):
         shares = distributed.gather(list(predictions(args, device, model, settings, source)))
         numbers, probabilities = (np.array(part) for part in zip(*sum(shares, [])))
         if distributed.is_first():
-            paths = [source.path(number) for number in numbers]
-            labels = source.labels[numbers]
-            write_report(args.report, source.classes, paths, labels, probabilities[:, index])
-        files.say(f'Wrote classes.csv, confusion.csv, confusion.png, mistakes.csv in {args.report}')
+            write_report(args.report, source, numbers, probabilities[:, index])
     distributed.stop()
 
 
@@ -212,17 +209,15 @@ def predict(args, device):
     source, count = open_given(args, settings), 0
     for number, probabilities in predictions(args, device, model, settings, source):
         count += 1
-        best = np.argsort(probabilities)[::-1]
-        shown = best if args.json else best[: args.topk]
-        top = {settings.classes[index]: round(probabilities[index], 4) for index in shown}
-        label = -1 if source.labels is None else source.labels[number]
+        path, label = source.path(number), -1 if source.labels is None else source.labels[number]
         true = source.classes[label] if label >= 0 else None
+        order = np.argsort(probabilities)[::-1]
+        top = {settings.classes[index]: round(probabilities[index], 4) for index in order}
         if args.json:
-            line = {'image': source.path(number), 'classes': top, 'class': true}
-            print(json.dumps(line))
+            print(json.dumps({'image': path, 'classes': top, 'class': true}))
         else:
-            names = [f'{name} {p:.1%}' for name, p in top.items()]
-            print('  '.join([source.path(number), *names] + ([f'(is {true})'] if true else [])))
+            names = [f'{name} {p:.1%}' for name, p in list(top.items())[: args.topk]]
+            print('  '.join([path, *names, *([f'(is {true})'] if true else [])]))
     if sum(distributed.gather(count)) < len(source):
         raise SystemExit(1)
 
@@ -249,41 +244,37 @@ def open_given(args, settings):
 # --- Files of an evaluation -----------------------------------------------------------------------
 
 
-def write_report(folder, classes, paths, labels, probabilities):
+def write_report(folder, source, numbers, probabilities):
     """Write classes.csv, confusion.csv, confusion.png and mistakes.csv into folder.
 
-    Args:
-        paths: of the M images.
-        labels: (M,) numbers of their classes.
-        probabilities: (M, K) of the classes.
-
-    Raises:
-        InputError: if nothing can be written there.
+    numbers: (M,) of the images in source; probabilities: (M, K) of its classes. Raises InputError
+    if nothing can be written there.
     """
-    predicted = probabilities.argmax(1)
+    classes, labels, predicted = source.classes, source.labels[numbers], probabilities.argmax(1)
     confusion = np.zeros((len(classes), len(classes)), dtype=int)  # true class, predicted class
     np.add.at(confusion, (labels, predicted), 1)
     right, seen, found = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    rows = zip(classes, seen, right / np.maximum(seen, 1), right / np.maximum(found, 1))
-    confidence = probabilities.max(1)
-    wrong = [i for i in np.argsort(-confidence) if predicted[i] != labels[i]]
-    mistakes = [
-        (paths[i], classes[labels[i]], classes[predicted[i]], round(float(confidence[i]), 4))
-        for i in wrong
-    ]
+    confidence, mistakes = probabilities.max(1), []
+    for i in np.argsort(-confidence):
+        if predicted[i] != labels[i]:
+            names = source.path(numbers[i]), classes[labels[i]], classes[predicted[i]]
+            mistakes.append((*names, f'{confidence[i]:.4f}'))
+    tables = {
+        'classes': [('class', 'images', 'recall', 'precision')],
+        'confusion': [('true \\ predicted', *classes)],
+        'mistakes': [('image', 'class', 'predicted', 'probability'), *mistakes],
+    }
+    recall, precision = right / np.maximum(seen, 1), right / np.maximum(found, 1)
+    tables['classes'] += zip(classes, seen, recall, precision)
+    tables['confusion'] += [(name, *row) for name, row in zip(classes, confusion)]
     with as_input_error(folder):
         os.makedirs(folder, exist_ok=True)
-        write_csv(folder, 'classes.csv', [('class', 'images', 'recall', 'precision'), *rows])
-        named = [(name, *row) for name, row in zip(classes, confusion.tolist())]
-        write_csv(folder, 'confusion.csv', [('true \\ predicted', *classes), *named])
-        header = ('image', 'class', 'predicted', 'probability')
-        write_csv(folder, 'mistakes.csv', [header, *mistakes])
+        for name, rows in tables.items():
+            path = os.path.join(folder, f'{name}.csv')
+            with open(path, 'w', newline='', errors='surrogateescape') as file:
+                csv.writer(file).writerows(rows)
         confusion_figure(confusion, classes).savefig(os.path.join(folder, 'confusion.png'))
-
-
-def write_csv(folder, name, rows):
-    with open(os.path.join(folder, name), 'w', newline='', errors='surrogateescape') as file:
-        csv.writer(file).writerows(rows)
+    files.say(f'Wrote {", ".join(tables)}.csv and confusion.png in {folder}')
 
 
 def confusion_figure(confusion, classes):
