@@ -729,9 +729,9 @@ def test_flags_win_over_the_file(tmp_path):
     assert told.sizes['img_size'] == (32, 32) and told.sizes['embed_dim'] == 48
     assert told.mean == (0.485, 0.456, 0.406)  # the file's are for one channel
     assert told.std == (0.1, 0.2, 0.4) and told.crop_pct == 0.8
-    told = settled(path, fuse_layers=[0, 3], decoder_depth=2, num_heads=3)
-    assert told.sizes == NANO | {'fuse_layers': (0, 3), 'decoder_depth': 2, 'num_heads': 3}
-    assert told.notes == ('num_heads 3 assumed',)
+    told = settled(path, fuse_layers=[0, 3], num_heads=3)
+    assert told.sizes == NANO | {'fuse_layers': (0, 3), 'num_heads': 3}
+    assert 'fuse_layers (0, 3), where the file has (1, 3)' in told.notes and len(told.notes) == 2
     assert settled(path, model='vit_nano_patch4').sizes == NANO
     told = settled(path, model='vit_small_patch16')
     assert told.sizes == NANO and 'not of vit_small_patch16' in told.notes[0]

@@ -305,8 +305,11 @@ def settings_of(args, file):
         sizes = model_sizes(model, **file['sizes'] | given)
     if 'model' in flags and model_sizes(model, **given)['embed_dim'] != sizes['embed_dim']:
         notes.append(f'the sizes are those of the file, not of {model}')
+    for name in given:
+        if file.get(name, sizes[name]) != sizes[name]:
+            notes.append(f'{name} {sizes[name]}, where the file has {file[name]}')
     for width, heads in (('embed_dim', 'num_heads'), ('decoder_embed_dim', 'decoder_num_heads')):
-        if width in file and sizes[heads] != file.get(heads):
+        if width in file and heads not in file:
             notes.append(f'{heads} {sizes[heads]} assumed')
 
     in_chans = sizes['in_chans']
