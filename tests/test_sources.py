@@ -290,7 +290,7 @@ def test_a_share_is_held_out_by_class_and_hash_of_the_name(open_sources, tmp_pat
         ('b.png 10\na.png 9\nx y/a.png 9', 'b.png, a.png, x y/a.png', '10, 9, 9'),
         ('path,label\nb.png,dog\na.png,cat\n', 'b.png, a.png', 'dog, cat'),
         ('file\tclass\nb.png\tdog\na.png\tcat\n', 'b.png, a.png', 'dog, cat'),
-        ('path\nb.png\na.png\n', 'b.png, a.png', None),
+        ('path\nb.png\na.png copy.png\n', 'b.png, a.png copy.png', None),
     ],
 )
 def test_lists(text, found, classes, open_sources, tmp_path):

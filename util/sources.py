@@ -29,7 +29,9 @@ from util.shapes import Shapes
 SHARD = re.compile(r'(?!(?:.*/)?n\d{8}$)(.*?)[ ._-]*\d+(?:-of-\d+)?', re.DOTALL)
 
 ENDING = '|'.join(map(re.escape, EXTENSIONS))
-LINE = re.compile(rf'^(.*(?:{ENDING}))[\s,]+([^,\t]+)$', re.IGNORECASE)  # name, class, no more
+LINE = re.compile(  # name, class; no third column, and no path alone
+    rf'^(?!.*(?:{ENDING})$)(.*(?:{ENDING}))(?:\s*,(?!.*,)|\s)\s*([^\s,][^\t]*)$', re.IGNORECASE
+)
 
 # --- The sources of a job -------------------------------------------------------------------------
 
