@@ -144,7 +144,8 @@ def make_figure(groups):
             axes.plot(epochs, means, color=f'C{number}', linewidth=2, label=variant)
         axes.set(title=MEASURES[name] + (', %' if name != 'val_loss' else ''), xlabel='epoch')
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        if axes.lines:
+            axes.legend(fontsize=7)
     return figure
 
 
