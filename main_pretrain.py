@@ -34,8 +34,6 @@ def get_parser():
     epochs = {'type': flags.number(int, 1), 'metavar': 'EPOCHS'}
     add('--knn_every', **epochs, help='between 20-NN accuracies')
     add('--picture_every', **epochs, default=20, help='between reconstructions')
-    # Not flags here, but of ablation.pretrain: its other models are not resumed as this one
-    parser.set_defaults(fuse_proj='linear', fusion='average', target='pixels')
     return parser
 
 

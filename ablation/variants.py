@@ -60,17 +60,10 @@ class VariantMFF(MaskedAutoencoderMFF):
 
         # --- Target (PixMIM, arXiv 2303.02416) ---
         if target == 'lowpass':
-            buffers = {
-                'mean': torch.tensor(mean).view(-1, 1, 1),
-                'std': torch.tensor(std).view(-1, 1, 1),
-                'frequencies': low_frequencies(*self.patch_embed.img_size),
-            }
-            for name, values in buffers.items():
-                self.register_buffer(name, values, persistent=False)
-            # Some checkpoints have a mask of their own, the same
-            self.register_load_state_dict_pre_hook(
-                lambda _, state, *__: state.pop('decoder_frequencies', None)
-            )
+            self.register_buffer('mean', torch.tensor(mean).view(-1, 1, 1), persistent=False)
+            self.register_buffer('std', torch.tensor(std).view(-1, 1, 1), persistent=False)
+            # In checkpoints, so that main_pretrain.py does not resume one of another target
+            self.register_buffer('decoder_frequencies', low_frequencies(*self.patch_embed.img_size))
 
     @property
     def fusion_weights(self):
@@ -104,7 +97,7 @@ class VariantMFF(MaskedAutoencoderMFF):
             return imgs
         pixels = imgs.float() * self.std + self.mean
         spectrum = torch.fft.fftshift(torch.fft.fft2(pixels), dim=(-2, -1))
-        filtered = torch.fft.ifft2(spectrum * self.frequencies).abs()
+        filtered = torch.fft.ifft2(spectrum * self.decoder_frequencies).abs()
         return (filtered - self.mean) / self.std
 
 

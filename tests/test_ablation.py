@@ -107,7 +107,7 @@ def test_a_run_resumes_and_its_encoder_is_read(small_run, stop_at, tmp_path, cap
     straight, stopped = Result(tmp_path / 'straight'), Result(tmp_path / 'stopped')
     assert same_weights(straight, stopped)
     assert straight.losses[12] < straight.losses[1]
-    with pytest.raises(InputError, match=f'{choice} -> '):  # not the model of that job
+    with pytest.raises(InputError):  # not the model of that job
         main_pretrain.main(main_pretrain.get_parser().parse_args(small_run('straight')))
     flags = ['--knn', '3', '--init_from', straight.last, '--num_workers', '0']
     flags += ['--data_path', small_run('')[1], '--device', 'cpu']
