@@ -270,8 +270,9 @@ def ablate(args):
     words += ['--results', args.out / 'true', '--output_dir', args.out / 'runs', '--data_path']
     if args.rehearse:
         toy = '--total_batch_size 16 --epochs 1'
-        words += [args.pictures, '--seeds', 0, '--num_workers', 0, '--pretrain_flags', toy]
-        words += ['--finetune_flags', toy, '--model_flags', '--model vit_nano_patch4']
+        words += [args.pictures, '--seeds', 0, '--variants', 'MAE', 'MFF', '--num_workers', 0]
+        words += ['--pretrain_flags', toy, '--finetune_flags', toy]
+        words += ['--model_flags', '--model vit_nano_patch4']
     elif args.cifar10:
         words.append(args.cifar10)
     if subprocess.run([sys.executable, *map(str, words)]).returncode:

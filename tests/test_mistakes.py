@@ -65,6 +65,7 @@ MISTAKES = [
     ('classes', '--eval --init_from {weights}', 'not a classifier'),
     ('finetune', '--predict {one}', '--init_from'),
     ('finetune', '--split val', '--predict'),
+    ('finetune', '--predict nowhere --init_from {classifier}', 'nowhere'),
     ('classes', '--report {empty}', '--init_from'),
     ('finetune', '--eval --data_path {other} --init_from {classifier}', 'zebra'),
     ('segment', '--data_path {flat}', 'flat'),
