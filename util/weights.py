@@ -1,8 +1,7 @@
 """Weights in: a file of any known origin, what a job builds by it, and the file into the model.
 
-Known are files of this project, mmpretrain, mmsegmentation (MAE with UperNet), timm, DeiT,
-facebookresearch/mae and transformers (ViTMAE, ViT). Parameters get this project's names, which are
-timm's and MAE's; what a config.json tells becomes what this project's checkpoints record.
+docs/weights.md lists the origins. Parameters get this project's names, which are timm's and MAE's;
+what a config.json tells becomes what this project's checkpoints record.
 """
 
 import json
@@ -10,7 +9,7 @@ import math
 import re
 import zipfile
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -27,18 +26,15 @@ from util.errors import InputError, as_input_error
 # --- A file, or a folder, or a name on the hub ----------------------------------------------------
 
 
-def ignore(*args): ...
-
-
-INERT = {'__init__': ignore, '__setstate__': ignore}  # of what stands in for an unknown class
+# Methods of what stands in for an unknown class
+INERT = dict.fromkeys(['__init__', '__setstate__'], lambda *args: None)
 CONTAINERS = {'collections.defaultdict': lambda *args: {}, 'collections.deque': lambda *args: []}
 
 
 def read_file(path):
     """The dict that a .pth or .safetensors file holds, with nothing in it executed.
 
-    torch's restricted unpickler reads; objects of other classes become inert. The checksums of
-    a zip file, as torch.save writes it, are compared. Raises InputError.
+    Objects of unknown classes become inert; a zip's checksums are compared. Raises InputError.
     """
     with as_input_error(path), open(path, 'rb') as file:
         start = file.read(9)
@@ -54,9 +50,8 @@ def read_file(path):
         inert = []
         if start[:2] == b'PK':
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                raise ValueError(f'wrong checksum of {damaged}')
+                if damaged := archive.testzip():
+                    raise ValueError(f'wrong checksum of {damaged}')
             for name in torch.serialization.get_unsafe_globals_in_checkpoint(path):
                 inert.append((CONTAINERS.get(name) or type(name, (), INERT), name))
         with torch.serialization.safe_globals(inert):
@@ -166,8 +161,7 @@ def convert_state_dict(state):
 
 
 def split_bias(state):
-    """The biases of qkv as UperNet's encoder has them. That of keys goes: softmax cancels it."""
-    state = dict(state)
+    """Make the biases of qkv those of UperNet's encoder: softmax cancels that of the keys."""
     for name in [name for name in state if name.endswith('attn.qkv.bias')]:
         query, _, value = state.pop(name).chunk(3)
         start = name.removesuffix('qkv.bias')
@@ -176,10 +170,7 @@ def split_bias(state):
 
 
 def open_vit(content, key=None):
-    """(the parameters of the one ViT in a file with their own names, what was before these).
-
-    key: where it is, if there are several. Raises ValueError if there is not one.
-    """
+    """(parameters, prefix of their names) of the one ViT in a file, or at key; else ValueError."""
     flat = {}
     for outer, value in content.items():
         inner = value if isinstance(value, dict) else {}
@@ -211,11 +202,11 @@ KEYS = {  # of config.json and flags -> as our checkpoints record it
 
 
 def read(path):
-    """{'model': {name: tensor}, 'sizes': of model_sizes, 'path', 'notes', ...} of any known origin.
+    """{'model': {name: tensor}, 'sizes': of model_sizes, 'path', ...} of any known origin.
 
     And all that a config.json tells, our checkpoints record, or shapes show: 'mean', 'step', ...
     path: a file, FILE:KEY where it holds several ViTs, a folder, or hf-hub:ORG/NAME. Raises
-    InputError, as read_file, or if it does not hold one ViT of finite numbers.
+    InputError if there is not one ViT of finite numbers.
     """
     path, (file, _, key) = str(path), str(path).rpartition(':')
     if not Path(file).is_file():
@@ -223,11 +214,10 @@ def read(path):
     content, config = read_with_config(file)
     try:
         state, place = open_vit(content, key)
-        state = convert_state_dict(state)
-        state = {name.removeprefix('encoder.'): tensor for name, tensor in state.items()}
+        state = {strip(name): tensor for name, tensor in convert_state_dict(state).items()}
         for name, tensor in state.items():
-            counts = name.endswith('.num_batches_tracked')
-            if not counts and not (tensor.is_floating_point() and tensor.isfinite().all()):
+            is_number = tensor.is_floating_point() or name.endswith('.num_batches_tracked')
+            if not (is_number and tensor.isfinite().all()):
                 raise ValueError(f'{name} is not of finite floating-point numbers')
         records = records_of(content, config, state)
         count, width = state['pos_embed'].shape[1] - 1, records['embed_dim']
@@ -236,13 +226,14 @@ def read(path):
             records['img_size'] = size
         usual = {MODELS[name]['embed_dim']: name for name in MODELS}.get(width)
         guesses = {'img_size': math.isqrt(count) * records['patch_size']}
-        guesses |= {} if usual else {'num_heads': max(1, width // 64)}
+        guesses['num_heads'] = None if usual else max(1, width // 64)
         sizes = {name: (guesses | records).get(name) for name in ENCODER + DECODER}
         sizes = model_sizes(usual or 'vit_base_patch16', **sizes)
     except Exception as error:  # of tensors that are no ViT's: many kinds
         raise InputError(f'{path}: not one known, finite ViT ({first_line(error)})') from None
-    notes = [f'its averaged weights, {place[:-1]}'] if '_ema.' in place else []
-    return {**records, 'sizes': sizes, 'model': state, 'path': path, 'notes': notes}
+    if '_ema.' in place and not key:  # averaged weights: say so
+        path = f'{path}:{place[:-1]}'
+    return {**records, 'sizes': sizes, 'model': state, 'path': path}
 
 
 def records_of(content, config, state):
@@ -281,22 +272,19 @@ class Settings:
     """What a model is built with: by flags, then a file, then --model or what is usual."""
 
     sizes: dict  # as model_sizes gives them
-    mean: tuple = IMAGENET_DEFAULT_MEAN  # of the pixels, in 0..1, per channel
-    std: tuple = IMAGENET_DEFAULT_STD
-    classes: list | None = None  # names, of the file
-    crop_pct: float = 0.875  # share of a test image that is seen
-    args: dict = field(default_factory=dict)  # flags of the run that made the file, or config.json
-    notes: tuple = ()  # lines to print: what differs from the file, and what was assumed
-    global_pool: str | None = None  # what the file's head sees: 'avg' or 'token'
+    mean: tuple  # of the pixels, in 0..1, per channel
+    std: tuple
+    classes: list | None  # names, of the file
+    crop_pct: float  # share of a test image that is seen
+    args: dict  # flags of the run that made the file, or config.json
+    notes: tuple  # lines to print: what differs from the file, and what was assumed
+    global_pool: str | None  # what the file's head sees: 'avg' or 'token'
 
 
 def settings_of(args, file):
-    """The Settings of a job by its flags (None: not given), and read(args.init_from) or None.
-
-    Raises InputError where sizes, mean or std do not fit.
-    """
-    file = file or {'sizes': {}, 'model': {}, 'notes': []}
-    state, notes = file['model'], list(file['notes'])
+    """The Settings by flags (None: not given), and read(init_from) or None. Raises InputError."""
+    file = file or {'sizes': {}, 'model': {}, 'args': {}}
+    state, notes = file['model'], []
     flags = vars(args).items() if args else ()
     flags = {KEYS.get(key, key): value for key, value in flags if value is not None}
     given = {name: flags[name] for name in ENCODER + DECODER if name in flags}
@@ -331,7 +319,7 @@ def settings_of(args, file):
         **statistics,
         classes=classes if classes and len(classes) == len(head) else None,
         crop_pct=flags.get('crop_pct') or file.get('crop_pct') or 0.875,
-        args=file.get('args', {}),
+        args=file['args'],
         notes=tuple(notes),
         global_pool=(file.get('global_pool') or pool or 'token') if len(head) else pool,
     )
@@ -343,45 +331,40 @@ OPTIONAL = (  # what a file or a model may lack; a file may have norm besides
     r'(decoder_|mask_token|fuse_|fc_norm\.|bn\.|head\.|neck|pool|laterals|smooth|fuse\.|aux_head|'
     r'classifier|blocks.*(relative_position_bias_table|gamma_[12])$)'
 )
+strip = partial(re.sub, r'^(backbone|encoder)\.', '')  # of the encoder's names in a larger model
 HEADS = r'decoder_pred|head\.|classifier|aux_head\.2'  # of pixels or classes
 
 
 def load(model, file, complete=False, classes=None):
     """Load read(path) into a MaskedAutoencoderMFF, timm VisionTransformer, LinearProbe or UperNet.
 
-    Positions are resampled to the model's grid, the patch embedding is adapted to its channels.
     What only one of both has is left out, or stays as the model was initialised, if it is OPTIONAL;
     a head is taken for the same classes, behind the norm that it was trained on.
 
     complete: refuse a file without some part of the model, and take its eps of LayerNorm.
     classes: names of the model's classes.
-    Returns one line to print: what is left out, fresh, resampled or adapted. Raises InputError,
-    which names a parameter that is missing, too much or of another shape.
+    Returns one line to print. Raises InputError, which names a parameter that does not fit.
     """
     path, (state, notes) = file['path'], fit(model, file)
-    actual = {re.sub(r'^(backbone|encoder)\.', '', name): name for name in model.state_dict()}
-    if 'blocks.0.attn.q_bias' in actual:  # UperNet
+    wanted = {strip(name): tensor for name, tensor in model.state_dict().items()}
+    if 'blocks.0.attn.q_bias' in wanted:  # UperNet
         state = split_bias(state)
-    wanted = model.state_dict()
-    here = {name: tuple(wanted[actual[name]].shape) for name in actual}
-    there = {name: tuple(state[name].shape) for name in state}
-    wrong = {name for name in here.keys() & there.keys() if here[name] != there[name]}
+    both = wanted.keys() & state.keys()
+    wrong = {name for name in both if wanted[name].shape != state[name].shape}
 
-    heads = {name for name in here.keys() | there.keys() if re.match(HEADS, name)}
-    norms = 'fc_norm.weight', 'bn.running_mean'
-    same = not wrong & heads and all((norm in here) == (norm in there) for norm in norms)
-    if classes and file.get('classes') and list(classes) != list(file['classes']):
-        same = False
-        notes.append('its classes have other names')
-    taken = here.keys() & there.keys() - (set() if same else heads)
-    fresh, left_out = here.keys() - taken, there.keys() - taken
+    heads = {name for name in wanted | state if re.match(HEADS, name)}
+    other_norm = {'fc_norm.weight', 'bn.running_mean'} & (wanted.keys() ^ state.keys())
+    other_classes = classes and file.get('classes') and list(classes) != list(file['classes'])
+    notes += ['its classes have other names'] if other_classes else []
+    taken = both - heads if wrong & heads or other_norm or other_classes else both
+    fresh, left_out = wanted.keys() - taken, state.keys() - taken
     bad = wrong & taken | {name for name in fresh if complete or not re.match(OPTIONAL, name)}
     bad |= {name for name in left_out if not re.match(OPTIONAL + r'|norm\.', name)}
-    if bad:
-        name = min(bad)
-        sizes = there.get(name, 'missing'), here.get(name, 'missing')
-        raise InputError('{}: {} is {} there, {} here'.format(path, name, *sizes))
-    model.load_state_dict({actual[name]: state[name] for name in taken}, strict=False)
+    for name in sorted(bad)[:1]:
+        sizes = [tuple(x[name].shape) if name in x else 'missing' for x in (state, wanted)]
+        raise InputError('{}: {} is {} in the file, {} in the model'.format(path, name, *sizes))
+    for name in taken:
+        wanted[name].copy_(state[name])
 
     eps = file.get('layer_norm_eps', 1e-6)
     if eps != 1e-6 and not complete:
@@ -396,7 +379,7 @@ def load(model, file, complete=False, classes=None):
 
 
 def fit(model, file):
-    """(state, notes): a file's parameters at the grid and channels of a model."""
+    """(state, notes): a file's parameters, resampled and adapted to a model's grid and channels."""
     state, notes = dict(file['model']), []
     patch_embed = next(module for module in model.modules() if isinstance(module, PatchEmbed))
     count, new = state['pos_embed'].shape[1] - 1, tuple(patch_embed.grid_size)
@@ -404,7 +387,8 @@ def fit(model, file):
     if 'img_size' in file:
         old = tuple(side // file['patch_size'] for side in file['img_size'])
     if math.prod(old) != count:
-        raise InputError(f'{file["path"]}: {count} patches, no square; give --input_size H W')
+        what = f'{1 + count} positions, not of one class token and a square grid of patches'
+        raise InputError(f'{file["path"]}: {what}; if the grid is a rectangle, give --input_size')
     if old != new:
         for name in {'pos_embed', 'decoder_pos_embed'} & state.keys():
             state[name] = resample_abs_pos_embed(state[name], new, old, antialias=False)  # as MAE
@@ -413,8 +397,8 @@ def fit(model, file):
     if theirs != ours:  # as timm does: the sum for one channel, else repeated and scaled
         weight = state['patch_embed.proj.weight']
         repeated = weight.repeat(1, math.ceil(ours / theirs), 1, 1)[:, :ours] * (theirs / ours)
-        adapted = weight.sum(1, keepdim=True) if ours == 1 else repeated
-        state['patch_embed.proj.weight'] = adapted
+        summed = weight.sum(1, keepdim=True)
+        state['patch_embed.proj.weight'] = summed if ours == 1 else repeated
         notes.append(f'patch embedding adapted from {theirs} to {ours} channels')
     return state, notes
 
@@ -440,15 +424,14 @@ def load_encoder(path):
     file = read(path)
     settings = settings_of(None, file)
     with as_input_error(path):
-        pool = 'avg' if 'fc_norm.weight' in file['model'] else 'token'
-        model = create_encoder(settings.sizes, pool)
+        model = create_encoder(settings.sizes, settings.global_pool or 'token')
     load(model, file, complete=True)
     return model.eval(), settings
 
 
 def random_encoder(sizes):
     """create_encoder(sizes, 'token') with weights as pre-training starts from, not timm's."""
-    start = MaskedAutoencoderMFF(**sizes | {'fuse_layers': [sizes['depth'] - 1]}).state_dict()
-    encoder = create_encoder(sizes, 'token')
-    encoder.load_state_dict({name: start[name] for name in encoder.state_dict()})
-    return encoder.eval()
+    start = MaskedAutoencoderMFF(**sizes | {'fuse_layers': [sizes['depth'] - 1]})
+    encoder = create_encoder(sizes, 'token').eval()
+    encoder.load_state_dict(start.state_dict(), strict=False)
+    return encoder
