@@ -59,19 +59,18 @@ def test_peers_are_the_same_model(peer):
 def test_both_loaders_give_the_same_images(folder, monkeypatch):
     """From the same seed: nothing is resized."""
     words = f'loader --data_path {folder}/train --batch_size 1 --num_workers 0'
-    args = bench.get_parser().parse_args(words.split())
+    args, cpu, folders = bench.get_parser().parse_args(words.split()), torch.device('cpu'), []
     sizes = {'img_size': (18, 18), 'in_chans': 3, 'patch_size': 6}
     monkeypatch.setattr(bench, 'model_sizes', lambda *_, **__: sizes)
-    folders = []
     monkeypatch.setattr(bench, 'DataLoader', lambda images, *_, **__: folders.append(images) or [])
-    bench.open_image_folder(args, torch.device('cpu'))
-    plain = {path: index for index, (path, _) in enumerate(folders[0].imgs)}
-    loader = bench.open_loader(args, torch.device('cpu'))
+    bench.open_image_folder(args, cpu)
+    paths = [path for path, _ in folders[0].imgs]
+    loader = bench.open_loader(args, cpu)
     for index in range(6):
         images, noise = next(loader)
         data.seed_generators(0, 0, index)
         torch.rand(len(noise[0]))  # the masks come first
-        expected, _ = folders[0][plain[loader.samples.source.path(index)]]
+        expected, _ = folders[0][paths.index(loader.samples.source.path(index))]
         assert torch.allclose(images[0], expected, atol=1e-6)
 
 
@@ -85,7 +84,6 @@ def test_ratios_are_of_the_same_round():
     rows = bench.compare({'a': [10.0, 10.0, 12.0], 'b': [20.0, 30.0, 36.0]})
     assert [row['speed : a'] for row in rows] == ['1 (1 to 1)', '3 (2 to 3)']
     assert rows[1]['images/s'] == '30 (20 to 36)'
-    assert bench.markdown([{'a': 1, 'b': 'x'}]) == '| a | b |\n| --- | --- |\n| 1 | x |'
 
 
 @pytest.mark.parametrize(
@@ -106,7 +104,6 @@ def test_short_runs(folder, capsys, flags, variants):
     assert all(float(line[2].split()[0]) > 0 for line in cells[2:])
 
 
-@pytest.mark.parametrize('variant', ['theirs', 'ours+fast', 'transformers'])
-def test_unknown_variants_are_not_taken_for_ours(variant, error_of):
-    flags = ['step', '--device', 'cpu', '--model', 'vit_nano_patch4', '--variants', variant]
-    assert variant in error_of(run_job, bench.main, bench.get_parser(), flags)
+def test_unknown_variants_are_not_taken_for_ours(error_of):
+    flags = ['step', '--device', 'cpu', '--model', 'vit_nano_patch4', '--variants', 'ours+fast']
+    assert 'ours+fast' in error_of(run_job, bench.main, bench.get_parser(), flags)

@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from util import images
 from util.errors import InputError
@@ -18,7 +18,6 @@ PICTURE = np.stack([X * 6, Y * 8, (X + Y) * 3], -1).astype(np.uint8)  # smooth, 
 
 
 def saved(image, kind, **options):
-    """The bytes of a file."""
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
@@ -58,16 +57,11 @@ def test_formats_become_rgb_or_grey(kind, mode):
 @pytest.mark.parametrize('kind', ['JPEG', 'PNG'])
 @pytest.mark.parametrize('orientation', range(1, 9))
 def test_exif_orientation(kind, orientation):
-    upright = {
-        1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
-        5: lambda a: a.transpose(1, 0, 2), 6: lambda a: a[::-1].transpose(1, 0, 2),
-        7: lambda a: a[::-1, ::-1].transpose(1, 0, 2), 8: lambda a: a[:, ::-1].transpose(1, 0, 2),
-    }[orientation]  # fmt: skip
     exif = Image.Exif()
     exif[0x0112] = orientation
     content = saved(PICTURE, kind, exif=exif)
-    image = images.decode(content).permute(1, 2, 0).numpy()
-    assert np.array_equal(image, upright(as_shown(content)))
+    shown = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    assert np.array_equal(images.decode(content).permute(1, 2, 0), np.array(shown))
 
 
 def jpegs():
@@ -80,7 +74,6 @@ def jpegs():
         'grey': saved(noise.convert('L'), 'JPEG'),
         'CMYK': saved(noise.convert('CMYK'), 'JPEG'),
         'progressive': saved(noise, 'JPEG', progressive=True),
-        'trailing bytes': plain + bytes(99),
         'garbage before the end': plain[:-2] + bytes(50) + b'\xff\xd9',
         'cut off': plain[:-300],
         'without an end': plain[:-2],
@@ -91,7 +84,7 @@ def jpegs():
 def test_both_jpeg_decoders_give_the_same(in_chans, monkeypatch):
     def decoded(content):
         try:
-            return images.decode(content, in_chans).numpy().astype(int)
+            return images.decode(content, in_chans).int()
         except (ValueError, OSError) as error:
             return str(error)
 
@@ -100,24 +93,26 @@ def test_both_jpeg_decoders_give_the_same(in_chans, monkeypatch):
     monkeypatch.setattr(images, 'simplejpeg', None)
     for kind, content in jpegs().items():
         slow = decoded(content)
-        assert isinstance(slow, str) == (kind in ('cut off', 'without an end'))
-        if in_chans == 1 and not isinstance(slow, str):  # PIL's grey is of rounded colours
-            assert abs(fast[kind] - slow).max() <= 1
-        else:
-            assert np.array_equal(fast[kind], slow)
+        if kind in ('cut off', 'without an end'):
+            assert isinstance(slow, str) and slow == fast[kind]
+        else:  # PIL's grey is of rounded colours
+            assert (fast[kind] - slow).abs().max() <= (in_chans == 1)
 
 
 # --- More than 8 bits -----------------------------------------------------------------------------
 
 
-def png_16_bits(colour_type, samples, chunks=()):
-    """A PNG of one row of 16-bit samples (W, C), written by hand: PIL writes none with alpha."""
+def png_16_bits(colour_type, samples, chunks=(), size=None):
+    """A PNG of one row of 16-bit samples (W, C), written by hand: PIL writes none with alpha.
+
+    size: (W, H) that the header claims.
+    """
 
     def chunk(kind, content):
         checksum = struct.pack('>I', zlib.crc32(kind + content))
         return struct.pack('>I', len(content)) + kind + content + checksum
 
-    header = struct.pack('>IIBBBBB', len(samples), 1, 16, colour_type, 0, 0, 0)
+    header = struct.pack('>IIBBBBB', *(size or (len(samples), 1)), 16, colour_type, 0, 0, 0)
     pixels = zlib.compress(b'\0' + np.asarray(samples, dtype='>u2').tobytes())
     parts = [(b'IHDR', header), *chunks, (b'IDAT', pixels), (b'IEND', b'')]
     return b'\x89PNG\r\n\x1a\n' + b''.join(chunk(*part) for part in parts)
@@ -150,20 +145,14 @@ def test_max_value_is_white(white, dtype):
 
 
 def test_files_of_more_than_8_bits():
-    row = np.linspace(0, 4095, 99).round().repeat(3).reshape(-1, 3)
-    for content, deep in (
-        (saved((RAMP * 4095).astype(np.uint16), 'PNG'), True),
-        (saved(RAMP.astype(np.float32), 'TIFF'), True),
-        (png_16_bits(2, row), True),  # RGB, which PIL cuts to 8 bits
-        (as_npy((RAMP * 65535).astype(np.int32)), True),
-        (as_npy(PICTURE), False),
-        (as_npy(RAMP), False),
-        (saved(PICTURE, 'PNG'), False),
-        (saved(PICTURE, 'JPEG'), False),
-    ):
-        assert images.is_deep(content) == deep
+    deep_rgb = png_16_bits(2, np.full((9, 3), 4095))  # which PIL cuts to 8 bits
+    twelve_bits = saved((RAMP * 4095).astype(np.uint16), 'PNG')
+    for content in (twelve_bits, deep_rgb, as_npy((RAMP * 65535).astype(np.int32))):
+        assert images.is_deep(content)
+    for content in (as_npy(PICTURE), as_npy(RAMP), saved(PICTURE, 'PNG'), saved(PICTURE, 'JPEG')):
+        assert not images.is_deep(content)
     with pytest.raises(ValueError, match='save .npy arrays'):
-        images.decode(png_16_bits(2, row), max_value=4095)
+        images.decode(deep_rgb, max_value=4095)
 
 
 # --- Arrays ---------------------------------------------------------------------------------------
@@ -228,27 +217,13 @@ def test_transparent_colours(content, background):
 
 def test_a_value_that_a_png_declares_transparent():
     greys = np.array([[70, 0, 200]], np.uint8)
-    sixteen = png_16_bits(0, np.array([[70], [0], [200]]) * 257, [(b'tRNS', struct.pack('>H', 0))])
+    sixteen = png_16_bits(0, greys.T.astype(int) * 257, [(b'tRNS', struct.pack('>H', 0))])
     for content in (saved(greys, 'PNG', transparency=0), sixteen):
         assert images.decode(content, 1, (90, 90, 90)).flatten().tolist() == [70, 90, 200]
         assert images.decode(content, 3, (90, 80, 70))[:, 0, 1].tolist() == [90, 80, 70]
-    colours = saved(COLOURS[None].astype(np.uint8), 'PNG', transparency=(0, 0, 0))
-    assert images.decode(colours, 3, (9, 8, 7))[:, 0].T.tolist()[2] == [9, 8, 7]
 
 
 # --- Faults ---------------------------------------------------------------------------------------
-
-
-def png_that_claims(width, height):
-    """A PNG of few bytes whose header promises so many pixels."""
-    header = struct.pack('>II', width, height)
-    content = png_16_bits(2, np.zeros((1, 3)))
-    start = content[12:16] + header + content[24:29]
-    return content[:12] + start + struct.pack('>I', zlib.crc32(start)) + content[33:]
-
-
-def as_tiff(value, dtype):
-    return saved(np.full((8, 8), value, dtype), 'TIFF')
 
 
 @pytest.mark.parametrize(
@@ -257,17 +232,13 @@ def as_tiff(value, dtype):
         (b'', 'not an image'),
         (b'404 Not Found\n', 'not an image of a known format'),
         (jpegs()['cut off'], 'truncated'),
-        (jpegs()['colour'][:150], '.'),
         (saved(PICTURE, 'PNG')[:60], 'truncated'),
-        (png_that_claims(30_000, 30_000), 'decompression bomb'),
-        (png_that_claims(1, 2_000), '1 x 2000 pixels are too long and narrow'),
+        (png_16_bits(2, np.zeros((1, 3)), size=(30_000, 30_000)), 'decompression bomb'),
         (as_npy(np.zeros((1, 2000, 3), np.uint8)), 'too long and narrow'),
         (as_npy(np.array([print], dtype=object)), 'allow_pickle=False'),
-        (as_npy(np.full((8, 8, 3), np.inf)), 'inf..inf are outside'),
-        (as_tiff(70_000, np.int32), '70000..70000 are outside 0..65535'),
-        (as_tiff(-5, np.int32), '-5..-5 are outside 0..65535'),
-        (as_tiff(256.5, np.float32), '256.5 are outside 0..255'),
-        (as_tiff(np.nan, np.float32), 'nan..nan are outside'),
+        (saved(np.int32([[-5, 70_000]]), 'TIFF'), '-5..70000 are outside 0..65535'),
+        (saved(np.float32([[0, 256.5]]), 'TIFF'), '256.5 are outside 0..255'),
+        (saved(np.float32([[np.nan]]), 'TIFF'), 'nan..nan are outside'),
         (as_npy(np.full((8, 8, 3), 1j)), 'complex128'),
         (as_npy(PICTURE)[:500], '.'),
     ],
