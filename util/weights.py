@@ -26,8 +26,7 @@ from util.errors import InputError, as_input_error
 # --- A file, or a folder, or a name on the hub ----------------------------------------------------
 
 
-# Methods of what stands in for an unknown class
-INERT = dict.fromkeys(['__init__', '__setstate__'], lambda *args: None)
+INERT = dict.fromkeys(['__init__', '__setstate__'], lambda *args: None)  # for unknown classes
 CONTAINERS = {'collections.defaultdict': lambda *args: {}, 'collections.deque': lambda *args: []}
 
 
@@ -77,11 +76,9 @@ def read_with_config(path):
         distributed.on_first(partial(download, path))
         path = download(path)  # from the cache, where the processes share it
     path, content, config = Path(path.removeprefix('local-dir:')), {}, {}
-    folder, paths = path.parent, [path]
-    if path.is_dir():
-        found = filter(None, [sorted(path.glob(pattern)) for pattern in FILES])
-        folder, paths = path, next(found, [path / FILES[0]])
-    for path in paths:
+    folder = path if path.is_dir() else path.parent
+    found = [sorted(path.glob(pattern)) for pattern in FILES] if path.is_dir() else [[path]]
+    for path in next(filter(None, found), [folder / FILES[0]]):
         content |= read_file(path)
     for path in [folder / name for name in CONFIGS if (folder / name).exists()]:
         with as_input_error(path):
@@ -342,7 +339,6 @@ def load(model, file, complete=False, classes=None):
     a head is taken for the same classes, behind the norm that it was trained on.
 
     complete: refuse a file without some part of the model, and take its eps of LayerNorm.
-    classes: names of the model's classes.
     Returns one line to print. Raises InputError, which names a parameter that does not fit.
     """
     path, (state, notes) = file['path'], fit(model, file)
@@ -403,7 +399,7 @@ def fit(model, file):
     return state, notes
 
 
-def load_model(path):
+def load_model(path, encoder=False):
     """(MaskedAutoencoderMFF in eval mode, its Settings) of pre-trained weights with a decoder.
 
     Without a record, pixels count as standardised in each patch, and a file without fusion as MAE.
@@ -412,21 +408,19 @@ def load_model(path):
     if 'fuse_layers' not in file and 'fuse_logits' not in file['model']:
         file['sizes']['fuse_layers'] = (file['depth'] - 1,)
     settings = settings_of(None, file)
+    norm_pix_loss = settings.args.get('norm_pix_loss') is not False
     with as_input_error(path):
-        norm_pix_loss = settings.args.get('norm_pix_loss') is not False
-        model = MaskedAutoencoderMFF(**settings.sizes, norm_pix_loss=norm_pix_loss)
+        if encoder:
+            model = create_encoder(settings.sizes, settings.global_pool or 'token')
+        else:
+            model = MaskedAutoencoderMFF(**settings.sizes, norm_pix_loss=norm_pix_loss)
     load(model, file, complete=True)
     return model.eval(), settings
 
 
 def load_encoder(path):
     """(timm's VisionTransformer without a head in eval mode, its Settings) of any weights."""
-    file = read(path)
-    settings = settings_of(None, file)
-    with as_input_error(path):
-        model = create_encoder(settings.sizes, settings.global_pool or 'token')
-    load(model, file, complete=True)
-    return model.eval(), settings
+    return load_model(path, encoder=True)
 
 
 def random_encoder(sizes):
