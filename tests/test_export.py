@@ -27,7 +27,7 @@ from tools import export
 from util import transforms
 from util.args import run_job
 from util.images import read_image
-from util.weights import load_encoder, load_model, read, settings_of
+from util.weights import load_encoder, load_model, read
 
 FILES = {'config.json', 'model.safetensors', 'README.md'}
 
@@ -133,8 +133,7 @@ def test_classifier(kind, finetune, linprobe, tmp_path):
         assert close(in_transformers(imgs).logits, logits, tolerance)
     names = json.loads((folder / 'config.json').read_text())['label_names']
     assert names == settings.classes == list(in_transformers.config.id2label.values())
-    again = settings_of(None, read(folder / 'model.safetensors'))
-    assert (again.classes, again.crop_pct) == (settings.classes, 0.6)
+    assert read(folder / 'model.safetensors')['crop_pct'] == 0.6
 
     pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / 'image.png')
@@ -161,8 +160,6 @@ def transparent(kind, size):
         exif = Image.Exif()
         exif[0x0112] = 3
         image, options = image.convert('RGB'), {'format': 'JPEG', 'exif': exif}
-    else:
-        image = image.convert(kind)
     file = io.BytesIO()
     image.save(file, **options)
     return file.getvalue()
@@ -177,7 +174,7 @@ def test_the_card_prepares_images_as_training_did(in_chans, mode, finetune, tmp_
     assert json.loads((folder / 'config.json').read_text())['background'] == [10, 200, 30]
     settings = load_encoder(run.last)[1]
     prepare = transforms.test_transform(SimpleNamespace(resize_mode=None, crop_pct=None), settings)
-    for kind in ('RGBA', 'LA', 'P', 'colour', 'turned'):
+    for kind in ('RGBA', 'P', 'colour', 'turned'):
         path = tmp_path / kind
         path.write_bytes(transparent(kind, (32, 32) if mode == 'crop' else (8, 16)))
         pixels = read_image(path, in_chans, (10, 200, 30))
@@ -208,10 +205,10 @@ def test_plain_mae_for_transformers(tmp_path):
 
     (tmp_path / 'image').write_bytes(transparent('RGBA', (18, 30)))
     by_card = run_snippet(folder, tmp_path / 'image')
-    prepared = by_card['prepare'](by_card['image'], return_tensors='pt')['pixel_values'][0]
+    prepared = by_card['prepare'](by_card['image'], return_tensors='pt')['pixel_values']
     crop = transforms.centre_transform((16, 16), settings.crop_pct, transforms.BICUBIC)
     pixels = crop(read_image(tmp_path / 'image'))[None]
-    expected = transforms.normalise(pixels, settings.mean, settings.std)[0]
+    expected = transforms.normalise(pixels, settings.mean, settings.std)
     assert close(prepared, expected, 1e-5) and by_card['output'].loss > 0
 
 
@@ -254,10 +251,9 @@ def test_onnx(tmp_path):
     assert close(found, encoder(imgs))
     found = run_onnx(model, imgs[:2], 0.75, noise[:2])
     assert all(map(close, found, model(imgs[:2], 0.75, noise[:2])))
-    tokens = model.forward_features(imgs)
     model.forward = model.forward_features
     [found] = run_onnx(model, imgs, dynamic_shapes=[batch])
-    assert close(found, tokens)
+    assert close(found, model.forward_features(imgs))
 
 
 def run_elsewhere(code, folder):
@@ -330,14 +326,10 @@ def test_a_failed_export_leaves_the_earlier_one(tmp_path, monkeypatch, capsys):
 
 def test_mistakes_get_one_line_and_code_2(finetune, tmp_path, capsys):
     path, classifier = pretrained(tmp_path), finetune('run', '--epochs', '1').last
-    content = torch.load(path, weights_only=True)
+    content, out = torch.load(path, weights_only=True), tmp_path / 'out'
     torch.save(content['model'], tmp_path / 'bare.pth')
-    torch.save({**content, 'sizes': {**content['sizes'], 'num_heads': 7}}, tmp_path / 'heads.pth')
-    out = tmp_path / 'out'
     for arguments, message in [
-        ([tmp_path / 'missing.pth', out], 'missing.pth: No such file'),
         ([tmp_path / 'bare.pth', out], 'bare.pth: not of pre-training or a classifier'),
-        ([tmp_path / 'heads.pth', out], 'heads.pth: embed_dim 64 .* num_heads 7'),
         ([classifier, out, '--transformers'], 'checkpoint-last.pth: not of pre-training'),
         ([path, '/dev/null/out'], '/dev/null/out: Not a directory'),
     ]:
