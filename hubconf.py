@@ -11,11 +11,11 @@ dependencies = ['torch', 'torchvision', 'timm', 'safetensors', 'huggingface_hub'
 
 def _entry(name, is_encoder):
     def entry(weights=None):
-        from util.weights import load_encoder, load_model, random_encoder
+        from util.weights import load_encoder, load_model
 
         sizes = _models.model_sizes(name)
         if weights is None and is_encoder:
-            return random_encoder(sizes)
+            return _models.random_encoder(sizes)
         if weights is None:
             return _models.MaskedAutoencoderMFF(**sizes).eval()
         model, settings = (load_encoder if is_encoder else load_model)(weights)

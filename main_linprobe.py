@@ -12,7 +12,7 @@ from timm.optim import Lars
 
 import engine
 import engine_classify
-from models_mff import MODELS, create_encoder
+from models_mff import MODELS, create_encoder, random_encoder
 from util import args as flags
 from util import data, distributed, optim, sources, transforms, weights
 from util.errors import InputError, as_input_error
@@ -48,7 +48,7 @@ def main(args):
         if file:
             encoder = create_encoder(settings.sizes, 'token')
         else:
-            encoder = weights.random_encoder(settings.sizes)
+            encoder = random_encoder(settings.sizes)
     train_source, val_source = sources.open_sources(args, settings.sizes, labelled=True)
     classes = val_source.classes
     origin = weights.load(encoder, file) if file else 'random weights'

@@ -352,3 +352,11 @@ def create_encoder(sizes, global_pool='avg', drop_path=0.0):
     return VisionTransformer(
         **encoder, num_classes=0, global_pool=global_pool, drop_path_rate=drop_path
     )
+
+
+def random_encoder(sizes):
+    """create_encoder(sizes, 'token') with weights as pre-training starts from, not timm's."""
+    start = MaskedAutoencoderMFF(**sizes | {'fuse_layers': [sizes['depth'] - 1]})
+    encoder = create_encoder(sizes, 'token').eval()
+    encoder.load_state_dict(start.state_dict(), strict=False)
+    return encoder

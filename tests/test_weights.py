@@ -1,7 +1,7 @@
 """Weights in: files of every known origin, written here by other means, and files that are none."""
 
 import argparse
-import fnmatch
+import http.server
 import json
 import math
 import os
@@ -9,6 +9,7 @@ import pickle
 import random
 import re
 import sys
+import threading
 import types
 from collections import OrderedDict, defaultdict, deque
 from pathlib import Path
@@ -18,12 +19,19 @@ import numpy as np
 import pytest
 import timm
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save, save_file
 from timm.models._manipulate import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer
 
 from engine_classify import LinearProbe
-from models_mff import ENCODER, MaskedAutoencoderMFF, create_encoder, model_sizes
+from models_mff import (
+    ENCODER,
+    MaskedAutoencoderMFF,
+    create_encoder,
+    model_sizes,
+    random_encoder,
+)
 from models_upernet import UperNet
 from util import weights
 from util.errors import InputError
@@ -307,30 +315,55 @@ def test_folders(tmp_path):
 # --- The hub --------------------------------------------------------------------------------------
 
 
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What huggingface_hub asks for, of server.files: {ORG/NAME: {file: bytes}}."""
+
+    def do_HEAD(self):
+        words = self.path.split('?')[0].removeprefix('/api/models').split('/')[1:]
+        files, body = self.server.files.get('/'.join(words[:2]), {}), None
+        if files and words[2] == 'revision':
+            body = {'id': 'org/name', 'sha': 40 * 'a', 'siblings': []}
+        elif files and words[2] == 'tree':
+            body = [{'type': 'file', 'path': name, 'oid': 40 * 'b', 'size': 9} for name in files]
+        body = files[words[-1]] if words[-1] in files else json.dumps(body).encode()
+        self.send_response(200 if files else 404)
+        headers = {'X-Repo-Commit': 40 * 'a', 'ETag': f'"{words[-1]}"', 'Content-Length': len(body)}
+        for key, value in headers.items():
+            self.send_header(key, str(value))
+        self.end_headers()
+        if self.command == 'GET':
+            self.wfile.write(body)
+            self.server.sent.add(words[-1])
+
+    do_GET = do_HEAD
+
+    def log_message(self, *args): ...
+
+
 def test_names_on_the_hub(tmp_path, monkeypatch):
-    """No more is asked for than is read."""
-    config = json.dumps({'mean': [0.1] * 3}).encode()
+    """Read from a server, and from the cache when it is gone."""
     saved(tmp_path / 'model.bin', vit().state_dict())
-    old = {'config.json': config, 'tf_model.h5': b''}
+    config = json.dumps({'mean': [0.1] * 3, 'std': [0.2] * 3}).encode()
+    old = {'config.json': config, 'tf_model.h5': b'', 'pytorch_model.bin': b''}
     old['pytorch_model.bin'] = (tmp_path / 'model.bin').read_bytes()
-    repositories = {
-        'org/old': old,
-        'org/new': old | {'model.safetensors': save(vit().state_dict())},
-    }
-
-    def snapshot_download(name, allow_patterns):
-        folder = tmp_path / 'cache' / name
-        folder.mkdir(parents=True, exist_ok=True)
-        for file, content in repositories[name].items():
-            if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
-                (folder / file).write_bytes(content)
-        return str(folder)
-
-    monkeypatch.setattr(weights, 'snapshot_download', snapshot_download)
-    for name, expected in (('org/new', 'model.safetensors'), ('org/old', 'pytorch_model.bin')):
-        file = weights.read(f'hf-hub:{name}')
-        assert same(file['model'], vit().state_dict()) and file['mean'] == (0.1, 0.1, 0.1)
-        assert set(os.listdir(tmp_path / 'cache' / name)) == {'config.json', expected}
+    new = old | {'model.safetensors': save(vit().state_dict())}
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
+    server.files, server.sent = {'org/new': new, 'org/old': old}, set()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f'http://127.0.0.1:{server.server_port}'
+    monkeypatch.setattr(constants, 'ENDPOINT', endpoint)
+    url = f'{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}'
+    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', url)
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+    assert same(weights.read('hf-hub:org/new')['model'], vit().state_dict())
+    assert {'config.json', 'model.safetensors'} == server.sent & new.keys()
+    assert weights.read('hf-hub:org/old')['mean'] == (0.1, 0.1, 0.1)
+    assert 'pytorch_model.bin' in server.sent and 'tf_model.h5' not in server.sent
+    with pytest.raises(InputError, match='hf-hub:org/none: neither cached nor downloaded'):
+        weights.read('hf-hub:org/none')
+    server.shutdown()
+    server.server_close()
+    assert weights.read('hf-hub:org/new')['std'] == weights.read('hf-hub:org/old')['std']
     with pytest.raises(InputError, match='hf-hub:org/none: neither cached nor downloaded'):
         weights.read('hf-hub:org/none')
 
@@ -724,4 +757,4 @@ def test_random_encoder_starts_as_pre_training_does():
     torch.manual_seed(3)
     start = MaskedAutoencoderMFF(**sizes | {'fuse_layers': (1,)}).state_dict()
     torch.manual_seed(3)
-    assert same(weights.random_encoder(sizes).state_dict(), encoder_of(start))
+    assert same(random_encoder(sizes).state_dict(), encoder_of(start))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import engine
 import engine_classify
-from models_mff import MODELS, create_encoder
+from models_mff import MODELS, create_encoder, random_encoder
 from util import args as flags
 from util import distributed, sources, weights
 from util.errors import InputError, as_input_error
@@ -47,7 +47,7 @@ def main(args):
     settings = weights.settings_of(args, file)
     with as_input_error():
         sizes = settings.sizes
-        encoder = create_encoder(sizes, 'token') if file else weights.random_encoder(sizes)
+        encoder = create_encoder(sizes, 'token') if file else random_encoder(sizes)
     say('\n'.join([weights.load(encoder, file) if file else 'random weights', *settings.notes]))
     encoder.to(device)
     train, val = sources.open_sources(args, sizes, labelled=bool(args.knn or args.logistic))

@@ -17,13 +17,14 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from timm.utils import AttentionExtract
 
+from models_mff import random_encoder
 from util.args import ArgumentParser, number, run_job
 from util.errors import InputError, as_input_error
 from util.files import image_paths
 from util.images import read_image
 from util.transforms import centre_transform, normalise
 from util.visualize import reconstruction_figure, to_pixels
-from util.weights import load_encoder, load_model, random_encoder
+from util.weights import load_encoder, load_model
 
 # --- Frequency content of features ----------------------------------------------------------------
 

@@ -25,7 +25,6 @@ from util.errors import InputError, as_input_error
 
 # --- A file, or a folder, or a name on the hub ----------------------------------------------------
 
-
 INERT = dict.fromkeys(['__init__', '__setstate__'], lambda *args: None)  # for unknown classes
 CONTAINERS = {'collections.defaultdict': lambda *args: {}, 'collections.deque': lambda *args: []}
 
@@ -421,11 +420,3 @@ def load_model(path, encoder=False):
 def load_encoder(path):
     """(timm's VisionTransformer without a head in eval mode, its Settings) of any weights."""
     return load_model(path, encoder=True)
-
-
-def random_encoder(sizes):
-    """create_encoder(sizes, 'token') with weights as pre-training starts from, not timm's."""
-    start = MaskedAutoencoderMFF(**sizes | {'fuse_layers': [sizes['depth'] - 1]})
-    encoder = create_encoder(sizes, 'token').eval()
-    encoder.load_state_dict(start.state_dict(), strict=False)
-    return encoder
