@@ -9,7 +9,7 @@ import math
 import re
 import zipfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -268,13 +268,13 @@ class Settings:
     """What a model is built with: by flags, then a file, then --model or what is usual."""
 
     sizes: dict  # as model_sizes gives them
-    mean: tuple  # of the pixels, in 0..1, per channel
-    std: tuple
-    classes: list | None  # names, of the file
-    crop_pct: float  # share of a test image that is seen
-    args: dict  # flags of the run that made the file, or config.json
-    notes: tuple  # lines to print: what differs from the file, and what was assumed
-    global_pool: str | None  # what the file's head sees: 'avg' or 'token'
+    mean: tuple = IMAGENET_DEFAULT_MEAN  # of the pixels, in 0..1, per channel
+    std: tuple = IMAGENET_DEFAULT_STD
+    classes: list | None = None  # names, of the file
+    crop_pct: float = 0.875  # share of a test image that is seen
+    args: dict = field(default_factory=dict)  # flags of the run that made it, or config.json
+    notes: tuple = ()  # lines to print: what differs from the file, and what was assumed
+    global_pool: str | None = None  # what the file's head sees: 'avg' or 'token'
 
 
 def settings_of(args, file):
