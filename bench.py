@@ -149,7 +149,7 @@ def create_step(variant, args, device):
         network=distributed.wrap(model, device, 'compile' in options),
         optimizer=torch.optim.AdamW(trained, 1e-4, (0.9, 0.95), fused=True),
         scaler=scaler,
-        fp16_scaler=None,
+        fp16_scaler=scaler if scaler.get_scale() != 1.0 else None,  # as engine.Run
     )
     batches = open_loader(args, device) if 'data' in options else itertools.repeat(batch)
 

@@ -356,7 +356,7 @@ def create_encoder(sizes, global_pool='avg', drop_path=0.0):
 
 def random_encoder(sizes):
     """create_encoder(sizes, 'token') with weights as pre-training starts from, not timm's."""
-    start = MaskedAutoencoderMFF(**sizes | {'fuse_layers': [sizes['depth'] - 1]})
+    start = MaskedAutoencoderMFF(**sizes | {'fuse_layers': [sizes['depth'] - 1]}).state_dict()
     encoder = create_encoder(sizes, 'token').eval()
-    encoder.load_state_dict(start.state_dict(), strict=False)
+    encoder.load_state_dict({name: start[name] for name in encoder.state_dict()})
     return encoder

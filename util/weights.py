@@ -355,7 +355,8 @@ def load(model, file, complete=False, classes=None):
     fresh, left_out = wanted.keys() - taken, state.keys() - taken
     bad = wrong & taken | {name for name in fresh if complete or not re.match(OPTIONAL, name)}
     bad |= {name for name in left_out if not re.match(OPTIONAL + r'|norm\.', name)}
-    for name in sorted(bad)[:1]:
+    if bad:
+        name = min(bad)
         sizes = [tuple(x[name].shape) if name in x else 'missing' for x in (state, wanted)]
         raise InputError('{}: {} is {} in the file, {} in the model'.format(path, name, *sizes))
     for name in taken:
